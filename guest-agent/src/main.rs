@@ -1,0 +1,2 @@
+//! kiln's in-guest agent.
+fn main() {}

@@ -1,0 +1,164 @@
+//! The hypervisor seam: what a virtual machine needs of the engine that runs its processors.
+//!
+//! ```text
+//!   Hypervisor --create_vm--> HvVm --create_vcpu--> VcpuSeed --bind, on its thread--> Vcpu --run--> Exit
+//!                              |                       |
+//!                              +--irq_line--> IrqLine  +--kicker--> Kick      (any thread)
+//! ```
+//!
+//! Engines never look up: they know RAM and an [`IoHandler`], not devices. Port and MMIO accesses are
+//! served in place through the handler, so [`Exit`] carries only what ends a run.
+
+pub mod soft;
+pub mod state;
+
+use std::fmt::Debug;
+use std::io;
+use std::num::NonZeroU8;
+use std::sync::Arc;
+
+use crate::mem::GuestRam;
+use crate::units::{GuestAddr, Gsi, VcpuId};
+use state::VcpuState;
+
+/// What an engine could not do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HvError {
+    /// This host cannot run the engine.
+    #[error("hypervisor unavailable")]
+    Unavailable(#[source] io::Error),
+    /// The engine does not support the operation.
+    #[error("{0} is not supported by this engine")]
+    Unsupported(&'static str),
+    /// A call to the host failed.
+    #[error("{call} failed")]
+    Call {
+        /// The call that failed.
+        call: &'static str,
+        /// The host's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest executed something that the engine knows it cannot do. Never a wrong result instead.
+    #[error("the processor cannot execute {bytes:02x?} at {rip:#x}: {what}")]
+    Unimplemented {
+        /// Virtual address of the instruction.
+        rip: u64,
+        /// Its bytes, at most 15.
+        bytes: Vec<u8>,
+        /// What about it is missing.
+        what: &'static str,
+    },
+    /// A saved or initial state that no processor can be in.
+    #[error("invalid processor state: {0}")]
+    State(&'static str),
+}
+
+/// What to build: the shape of a virtual machine.
+#[derive(Clone, Debug)]
+pub struct VmSpec {
+    /// How many vCPUs.
+    pub vcpus: NonZeroU8,
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Exit {
+    /// A [`Kick`] arrived.
+    Kicked,
+    /// The guest is gone for good: a triple fault.
+    Shutdown,
+}
+
+/// An engine.
+pub trait Hypervisor: Debug + Send + Sync {
+    /// Makes a virtual machine over `ram`.
+    ///
+    /// # Errors
+    /// [`HvError`] when the host refuses or the spec asks for what the engine does not have.
+    fn create_vm(&self, spec: &VmSpec, ram: Arc<GuestRam>) -> Result<Box<dyn HvVm>, HvError>;
+}
+
+/// One virtual machine: its interrupt controllers and the source of its vCPUs.
+pub trait HvVm: Debug + Send + Sync {
+    /// Makes a vCPU, once an id.
+    ///
+    /// # Errors
+    /// [`HvError::Unsupported`] for an id outside the spec or made before.
+    fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn VcpuSeed>, HvError>;
+
+    /// The line into the interrupt controller with number `gsi`.
+    ///
+    /// # Errors
+    /// [`HvError::Unsupported`] for a number the controller does not have.
+    fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError>;
+}
+
+/// A vCPU that has not met its thread yet.
+pub trait VcpuSeed: Debug + Send {
+    /// Usable before [`bind`](Self::bind): an early kick is remembered and ends the first run.
+    fn kicker(&self) -> Arc<dyn Kick>;
+
+    /// Binds the vCPU to the current thread, with the handler that serves its port and MMIO accesses.
+    ///
+    /// # Errors
+    /// [`HvError`] when the host refuses.
+    fn bind(self: Box<Self>, io: Box<dyn IoHandler>) -> Result<Box<dyn Vcpu>, HvError>;
+}
+
+/// A vCPU bound to the current thread; not `Send`, on purpose.
+///
+/// ```compile_fail,E0277
+/// fn send<T: ?Sized + Send>() {}
+/// send::<dyn kiln::hv::Vcpu>();
+/// ```
+pub trait Vcpu: Debug {
+    /// Runs guest code until something ends it. An idle guest sleeps inside this call.
+    ///
+    /// # Errors
+    /// [`HvError::Unimplemented`] when the guest meets a limit of the engine; the state is then that
+    /// before the instruction.
+    fn run(&mut self) -> Result<Exit, HvError>;
+
+    /// The processor's state, between two instructions.
+    ///
+    /// # Errors
+    /// [`HvError`] when the host refuses.
+    fn save(&mut self) -> Result<VcpuState, HvError>;
+
+    /// Replaces the processor's state.
+    ///
+    /// # Errors
+    /// [`HvError::State`] when no processor can be in it; the old state then stands.
+    fn restore(&mut self, state: &VcpuState) -> Result<(), HvError>;
+}
+
+/// Makes a running vCPU return [`Exit::Kicked`] soon, also out of a halt. Idempotent, from any thread.
+pub trait Kick: Debug + Send + Sync {
+    /// Kicks.
+    fn kick(&self);
+}
+
+/// Serves a vCPU's port and MMIO accesses in place. `data` is 1, 2, 4 or 8 bytes, little endian.
+///
+/// Reads of nothing should fill `data` with `0xff`, as a bus without a device does.
+pub trait IoHandler: Debug {
+    /// A read of guest-physical memory that is not RAM.
+    fn mmio_read(&mut self, addr: GuestAddr, data: &mut [u8]);
+    /// A write to guest-physical memory that is not RAM.
+    fn mmio_write(&mut self, addr: GuestAddr, data: &[u8]);
+    /// An `in` from a port.
+    fn pio_in(&mut self, port: u16, data: &mut [u8]);
+    /// An `out` to a port.
+    fn pio_out(&mut self, port: u16, data: &[u8]);
+}
+
+/// A line into the interrupt controller; devices see this and no engine.
+pub trait IrqLine: Debug + Send + Sync {
+    /// Signals an edge.
+    fn raise(&self);
+    /// Sets the level, for lines the guest has programmed as level-triggered.
+    fn set_level(&self, high: bool);
+}

@@ -1,0 +1,2 @@
+//! The software x86-64 processor.
+#![forbid(unsafe_code)]

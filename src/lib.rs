@@ -1,0 +1,5 @@
+//! Run any OCI image as a microVM, from async Rust.
+
+pub mod hv;
+pub mod mem;
+pub mod units;

@@ -1,0 +1,21 @@
+//! Guest RAM: the only owner of guest mappings, and the first of the unsafe fences.
+//!
+//! RAM is one anonymous host mapping. Guest-physically it lies in at most two pieces: from 0 up to
+//! [`HOLE_START`], and what does not fit from [`HOLE_END`] on; the hole between them belongs to MMIO.
+//!
+//! ```text
+//!   GPA   0 ........ HOLE_START (3 GiB) | MMIO hole | HOLE_END (4 GiB) ........
+//!   host  [ low part                   ][ high part                           ]   one mapping
+//! ```
+//!
+//! Two kinds of user, two views. **Devices** go through [`GuestRam::memory`], a
+//! [`vm_memory::GuestMemory`], in guest-physical addresses; every write of theirs is noted in
+//! [`CodePages`] so that a processor that keeps decoded instructions learns of it. **The soft
+//! processor** resolves an address once to a *RAM offset* and then uses [`GuestRam::load`] and
+//! [`GuestRam::store`], which cost one compare and one move.
+
+mod code_pages;
+mod ram;
+
+pub use code_pages::{CodePages, CodePagesSlice};
+pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar};

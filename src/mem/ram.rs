@@ -1,0 +1,293 @@
+//! The mapping itself, and the processor's view of it.
+#![allow(unsafe_code, reason = "unsafe fence: the one place that turns RAM offsets into host pointers")]
+
+use std::io;
+use std::ptr::NonNull;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::CodePages;
+use crate::units::{Bytes, GuestAddr, PAGE_SIZE};
+
+/// Where the MMIO hole begins: RAM below this GPA is the low part.
+pub const HOLE_START: GuestAddr = GuestAddr(0xc000_0000);
+/// Where the MMIO hole ends: RAM that does not fit below the hole continues here.
+pub const HOLE_END: GuestAddr = GuestAddr(0x1_0000_0000);
+
+/// The devices' view of RAM; writes through it are noted in [`CodePages`].
+pub type GuestMemory = GuestMemoryMmap<CodePages>;
+
+/// A byte's position in the host mapping (not a guest-physical address: see the hole).
+pub type RamOffset = u64;
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RamError {
+    /// The size is zero, not a multiple of the page size, or past what this machine model has room for.
+    #[error("guest memory of {} bytes: want a multiple of {PAGE_SIZE}, from one page to 1 TiB", .0.0)]
+    Size(Bytes),
+    /// The host refused the mapping.
+    #[error("mapping {} bytes of guest memory", .0.0)]
+    Map(Bytes, #[source] io::Error),
+}
+
+/// An integer the processor moves to and from memory, little endian.
+pub trait Scalar: Copy + sealed::Sealed {}
+mod sealed {
+    /// Types for which every bit pattern is a value and that have no padding.
+    pub trait Sealed {}
+}
+macro_rules! scalar {
+    ($($t:ty),*) => { $(impl sealed::Sealed for $t {} impl Scalar for $t {})* };
+}
+scalar!(u8, u16, u32, u64, u128);
+
+/// `T` at any address: alignment 1, so that a volatile access to it needs no aligned pointer.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Unaligned<T>(T);
+
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory that any thread may reach; all access goes through volatile
+// or `vm-memory` operations, which permit concurrent change by design (the guest is concurrent).
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are what `mmap_anonymous` returned for this mapping, nobody else
+        // unmaps it, and both views of it live in the `GuestRam` that owns it. A failure leaves the
+        // mapping in place, which is harmless.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// The RAM of one guest. Zeroed, and not backed by host memory until touched.
+#[derive(Debug)]
+pub struct GuestRam {
+    // Field order: the `memory` view is dropped before the mapping it points into.
+    memory: GuestMemory,
+    mapping: Mapping,
+    code_pages: CodePages,
+    low: u64,
+}
+
+impl GuestRam {
+    /// Maps `size` bytes of zeroed RAM.
+    ///
+    /// # Errors
+    /// [`RamError::Size`] when `size` is not a positive multiple of the page size or above 1 TiB, and
+    /// [`RamError::Map`] when the host has no room.
+    pub fn new(size: Bytes) -> Result<Self, RamError> {
+        let len = usize::try_from(size.0).map_err(|_| RamError::Size(size))?;
+        if size.0 == 0 || size.0 % PAGE_SIZE != 0 || size > Bytes::gib(1024) {
+            return Err(RamError::Size(size));
+        }
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.
+        let base = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(|e| RamError::Map(size, e.into()))?;
+        let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| RamError::Map(size, io::ErrorKind::OutOfMemory.into()))?;
+        let mapping = Mapping { base, len };
+        let code_pages = CodePages::new(size.0);
+        let low = size.0.min(HOLE_START.0);
+        let mut regions = vec![region(&mapping, GuestAddr(0), 0, low, &code_pages)?];
+        if size.0 > low {
+            regions.push(region(&mapping, HOLE_END, low, size.0 - low, &code_pages)?);
+        }
+        let memory = GuestMemory::from_regions(regions).map_err(|e| RamError::Map(size, io::Error::other(e)))?;
+        Ok(Self { memory, mapping, code_pages, low })
+    }
+
+    /// The devices' view, in guest-physical addresses.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Pages of decoded instructions that device writes are checked against.
+    #[must_use]
+    pub fn code_pages(&self) -> &CodePages {
+        &self.code_pages
+    }
+
+    /// The size of RAM.
+    #[must_use]
+    pub fn size(&self) -> Bytes {
+        Bytes(self.mapping.len as u64)
+    }
+
+    /// The guest-physical pieces of RAM: start and size, ascending.
+    #[must_use]
+    pub fn pieces(&self) -> Vec<(GuestAddr, Bytes)> {
+        let high = self.size().0 - self.low;
+        let mut pieces = vec![(GuestAddr(0), Bytes(self.low))];
+        if high > 0 {
+            pieces.push((HOLE_END, Bytes(high)));
+        }
+        pieces
+    }
+
+    /// The RAM offset of a guest-physical address, or `None` where there is no RAM.
+    #[inline]
+    #[must_use]
+    pub fn offset_of(&self, gpa: GuestAddr) -> Option<RamOffset> {
+        if gpa.0 < self.low {
+            return Some(gpa.0);
+        }
+        let offset = gpa.0.checked_sub(HOLE_END.0)?.checked_add(HOLE_START.0)?;
+        (offset < self.size().0 && offset >= self.low).then_some(offset)
+    }
+
+    /// Reads a `T` at a RAM offset of any alignment; `None` when it does not lie in RAM whole.
+    ///
+    /// The processor's view: one compare and one move. Other threads may write at the same time, and
+    /// the value is then some mixture, as on a real machine.
+    #[inline(always)]
+    #[must_use]
+    pub fn load<T: Scalar>(&self, offset: RamOffset) -> Option<T> {
+        let at = self.place::<T>(offset)?;
+        // SAFETY:
+        // - valid for reads: `place` checked that the whole `T` lies in the mapping;
+        // - alignment: `Unaligned` has alignment 1;
+        // - initialised and valid: the mapping was zeroed, and every bit pattern of a `Scalar` is a value;
+        // - concurrent writes: volatile access to memory that Rust has no references into.
+        Some(unsafe { at.read_volatile() }.0)
+    }
+
+    /// Writes a `T` at a RAM offset of any alignment; `None`, with nothing written, when it does not
+    /// lie in RAM whole. The processor's view: not noted in [`CodePages`].
+    #[inline(always)]
+    pub fn store<T: Scalar>(&self, offset: RamOffset, value: T) -> Option<()> {
+        let at = self.place::<T>(offset)?;
+        // SAFETY: as for `load`; a volatile write to memory that Rust has no references into.
+        unsafe { at.write_volatile(Unaligned(value)) };
+        Some(())
+    }
+
+    /// Copies `len` bytes from RAM offset `from` to `to`, which must not overlap; `None`, with nothing
+    /// copied, when either range leaves RAM or they overlap.
+    pub fn copy(&self, from: RamOffset, to: RamOffset, len: u64) -> Option<()> {
+        let (src, dst) = (self.range(from, len)?, self.range(to, len)?);
+        if from.abs_diff(to) < len {
+            return None;
+        }
+        // SAFETY: both ranges lie in the mapping (`range`) and do not overlap (just checked). No Rust
+        // reference points into the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(src, dst, len as usize) };
+        Some(())
+    }
+
+    /// Sets `len` bytes from RAM offset `to` to `value`; `None`, with nothing written, when the range leaves RAM.
+    pub fn fill(&self, to: RamOffset, value: u8, len: u64) -> Option<()> {
+        let dst = self.range(to, len)?;
+        // SAFETY: the range lies in the mapping (`range`), and no Rust reference points into it.
+        unsafe { std::ptr::write_bytes(dst, value, len as usize) };
+        Some(())
+    }
+
+    /// Reads `into.len()` bytes at a RAM offset; `None`, with nothing read, when the range leaves RAM.
+    pub fn read_bytes(&self, from: RamOffset, into: &mut [u8]) -> Option<()> {
+        let src = self.range(from, into.len() as u64)?;
+        // SAFETY: the source lies in the mapping (`range`); `into` is a Rust slice and so does not
+        // overlap it, as no Rust reference points into the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(src, into.as_mut_ptr(), into.len()) };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn place<T: Scalar>(&self, offset: RamOffset) -> Option<*mut Unaligned<T>> {
+        // The mapping is at least a page, so the subtraction cannot wrap.
+        if offset > (self.mapping.len - size_of::<T>()) as u64 {
+            return None;
+        }
+        // SAFETY: offset + size_of::<T>() <= len was just checked, so the result stays in the mapping.
+        Some(unsafe { self.mapping.base.as_ptr().add(offset as usize) }.cast())
+    }
+
+    fn range(&self, offset: RamOffset, len: u64) -> Option<*mut u8> {
+        let end = offset.checked_add(len)?;
+        if end > self.mapping.len as u64 {
+            return None;
+        }
+        // SAFETY: offset <= end <= len was just checked, so the result stays in (or one past) the mapping.
+        Some(unsafe { self.mapping.base.as_ptr().add(offset as usize) })
+    }
+}
+
+fn region(mapping: &Mapping, gpa: GuestAddr, offset: u64, len: u64, pages: &CodePages) -> Result<GuestRegionMmap<CodePages>, RamError> {
+    // SAFETY: offset + len <= mapping.len by construction in `GuestRam::new`, so the pointer stays in the mapping.
+    let start = unsafe { mapping.base.as_ptr().add(offset as usize) };
+    // SAFETY: `start` is valid for `len` bytes of shared, volatile access for as long as `mapping`
+    // lives, and `GuestRam` drops its regions first. vm-memory does not unmap raw regions.
+    let region = unsafe {
+        vm_memory::mmap::MmapRegionBuilder::new_with_bitmap(len as usize, pages.for_region(offset))
+            .with_raw_mmap_pointer(start)
+            .with_mmap_prot((ProtFlags::READ | ProtFlags::WRITE).bits() as i32)
+            .with_mmap_flags((MapFlags::PRIVATE | MapFlags::NORESERVE).bits() as i32)
+            .build()
+    }
+    .map_err(|e| RamError::Map(Bytes(len), io::Error::other(e)))?;
+    let region: MmapRegion<CodePages> = region;
+    GuestRegionMmap::new(region, GuestAddress(gpa.0)).ok_or_else(|| RamError::Map(Bytes(len), io::ErrorKind::InvalidInput.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes as _;
+
+    use super::*;
+
+    #[test]
+    fn access_at_the_edge_of_ram() {
+        let ram = GuestRam::new(Bytes(8192)).unwrap();
+        assert_eq!(ram.store(8184, 0x1122_3344_5566_7788u64), Some(()));
+        assert_eq!(ram.load::<u32>(8188), Some(0x1122_3344));
+        assert_eq!(ram.load::<u64>(8185), None);
+        assert_eq!(ram.store(8192, 0u8), None);
+        assert_eq!(ram.load::<u8>(u64::MAX), None);
+        assert_eq!(ram.copy(0, 4, 8), None);
+        assert_eq!(ram.copy(8184, 3, 8), Some(()));
+        assert_eq!(ram.load::<u64>(3), Some(0x1122_3344_5566_7788));
+    }
+
+    #[test]
+    fn the_hole_splits_physical_but_not_host_memory() {
+        let ram = GuestRam::new(Bytes::gib(4)).unwrap();
+        assert_eq!(ram.pieces(), [(GuestAddr(0), Bytes::gib(3)), (HOLE_END, Bytes::gib(1))]);
+        assert_eq!(ram.offset_of(GuestAddr(HOLE_START.0 - 1)), Some(HOLE_START.0 - 1));
+        assert_eq!(ram.offset_of(HOLE_START), None);
+        assert_eq!(ram.offset_of(HOLE_END), Some(HOLE_START.0));
+        assert_eq!(ram.offset_of(GuestAddr(HOLE_END.0 + Bytes::gib(1).0)), None);
+        ram.memory().write_obj(7u32, GuestAddress(HOLE_END.0)).unwrap();
+        assert_eq!(ram.load::<u32>(HOLE_START.0), Some(7));
+    }
+
+    #[test]
+    fn device_writes_to_watched_pages_are_reported_once() {
+        let ram = GuestRam::new(Bytes(4 * PAGE_SIZE)).unwrap();
+        ram.code_pages().watch(PAGE_SIZE);
+        ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
+        assert!(!ram.code_pages().any_written());
+        ram.memory().write_slice(&[0; 4096], GuestAddress(PAGE_SIZE - 1)).unwrap();
+        let mut seen = Vec::new();
+        ram.code_pages().take_written(|page| seen.push(page));
+        ram.code_pages().take_written(|page| seen.push(page));
+        assert_eq!(seen, [PAGE_SIZE]);
+    }
+}

@@ -1,0 +1,2 @@
+//! Build and development tasks.
+fn main() {}
