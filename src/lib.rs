@@ -2,4 +2,5 @@
 
 pub mod hv;
 pub mod mem;
+pub mod transport;
 pub mod units;

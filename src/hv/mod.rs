@@ -18,7 +18,7 @@ use std::num::NonZeroU8;
 use std::sync::Arc;
 
 use crate::mem::GuestRam;
-use crate::units::{GuestAddr, Gsi, VcpuId};
+use crate::units::{Gsi, GuestAddr, VcpuId};
 use state::VcpuState;
 
 /// What an engine could not do.

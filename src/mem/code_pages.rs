@@ -40,7 +40,10 @@ fn bits(pages: u64) -> Box<[AtomicU64]> {
 impl CodePages {
     pub(super) fn new(ram_bytes: u64) -> Self {
         let pages = ram_bytes.div_ceil(PAGE_SIZE);
-        Self { shared: Arc::new(Shared { watched: bits(pages), written: bits(pages), any: AtomicBool::new(false) }), base: 0 }
+        Self {
+            shared: Arc::new(Shared { watched: bits(pages), written: bits(pages), any: AtomicBool::new(false) }),
+            base: 0,
+        }
     }
 
     pub(super) fn for_region(&self, base: u64) -> Self {

@@ -102,7 +102,8 @@ impl GuestRam {
             )
         }
         .map_err(|e| RamError::Map(size, e.into()))?;
-        let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| RamError::Map(size, io::ErrorKind::OutOfMemory.into()))?;
+        let base =
+            NonNull::new(base.cast::<u8>()).ok_or_else(|| RamError::Map(size, io::ErrorKind::OutOfMemory.into()))?;
         let mapping = Mapping { base, len };
         let code_pages = CodePages::new(size.0);
         let low = size.0.min(HOLE_START.0);
@@ -230,7 +231,13 @@ impl GuestRam {
     }
 }
 
-fn region(mapping: &Mapping, gpa: GuestAddr, offset: u64, len: u64, pages: &CodePages) -> Result<GuestRegionMmap<CodePages>, RamError> {
+fn region(
+    mapping: &Mapping,
+    gpa: GuestAddr,
+    offset: u64,
+    len: u64,
+    pages: &CodePages,
+) -> Result<GuestRegionMmap<CodePages>, RamError> {
     // SAFETY: offset + len <= mapping.len by construction in `GuestRam::new`, so the pointer stays in the mapping.
     let start = unsafe { mapping.base.as_ptr().add(offset as usize) };
     // SAFETY: `start` is valid for `len` bytes of shared, volatile access for as long as `mapping`
@@ -244,7 +251,8 @@ fn region(mapping: &Mapping, gpa: GuestAddr, offset: u64, len: u64, pages: &Code
     }
     .map_err(|e| RamError::Map(Bytes(len), io::Error::other(e)))?;
     let region: MmapRegion<CodePages> = region;
-    GuestRegionMmap::new(region, GuestAddress(gpa.0)).ok_or_else(|| RamError::Map(Bytes(len), io::ErrorKind::InvalidInput.into()))
+    GuestRegionMmap::new(region, GuestAddress(gpa.0))
+        .ok_or_else(|| RamError::Map(Bytes(len), io::ErrorKind::InvalidInput.into()))
 }
 
 #[cfg(test)]
