@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use iced_x86::Instruction;
+
 use crate::hv::IoHandler;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
@@ -9,9 +11,13 @@ use crate::mem::GuestRam;
 use super::apic::{IoApic, Lapic};
 use super::clock::Clock;
 use super::code_map::CodeMap;
+use super::exec::Executor;
+use super::fast::branch::JumpCache;
+use super::fast::{Miss, Patch};
 use super::fault::{Exception, Stop};
 use super::flags::{self, Flags};
 use super::fpu::FpuState;
+use super::step::CrossingCache;
 use super::tlb::Tlb;
 
 /// Register slots of [`Cpu::regs`], which is as long as an index byte reaches so that no access needs a check.
@@ -143,6 +149,20 @@ pub(super) struct Cpu {
     /// Counts changes of what fetch addresses mean, lower and upper half of the address space apart: what
     /// is remembered by address of decoded code is good for one value.
     pub(super) fetch_epoch: [u32; 2],
+    /// Blocks by linear address.
+    pub(super) jumps: JumpCache,
+    /// Instructions of decoded code that the general executor runs.
+    pub(super) general: Vec<(Executor, Instruction)>,
+    /// Instructions left before the chain of operations returns to the run loop.
+    pub(super) budget: i32,
+    /// The branch that the next lookup is for.
+    pub(super) patch: Option<Patch>,
+    /// The access that sent a handler to the miss path.
+    pub(super) miss: Miss,
+    /// What ended the chain with [`Leave::Stopped`](super::fast::Leave::Stopped).
+    pub(super) stop: Stop,
+    /// The last page-crossing instruction decoded at each of a few addresses.
+    pub(super) crossings: CrossingCache,
 }
 
 impl Cpu {

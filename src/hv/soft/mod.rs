@@ -4,12 +4,16 @@
 
 mod apic;
 mod clock;
+mod code;
 mod code_map;
 mod cpu;
 mod exec;
+mod fast;
 mod fault;
 mod flags;
 mod fpu;
 mod mmu;
 mod operand;
+mod step;
 mod tlb;
+mod translate;
