@@ -4,3 +4,10 @@
 //! images, no exec protocol and no particular engine.
 
 pub mod boot;
+pub mod bus;
+pub mod console;
+pub mod devices;
+mod machine;
+mod vcpu_thread;
+
+pub use machine::{Machine, MachineConfig, MachineEnd, MachineError};
