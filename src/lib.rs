@@ -4,3 +4,4 @@ pub mod hv;
 pub mod mem;
 pub mod transport;
 pub mod units;
+pub mod vmm;
