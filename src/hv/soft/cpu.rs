@@ -149,6 +149,8 @@ pub(super) struct Cpu {
     /// Counts changes of what fetch addresses mean, lower and upper half of the address space apart: what
     /// is remembered by address of decoded code is good for one value.
     pub(super) fetch_epoch: [u32; 2],
+    /// Whether SSE instructions may execute: CR0.EM and TS clear, CR4.OSFXSR set.
+    pub(super) sse_ready: bool,
     /// Blocks by linear address.
     pub(super) jumps: JumpCache,
     /// Instructions of decoded code that the general executor runs.
@@ -193,8 +195,9 @@ impl Cpu {
         self.control.efer & efer::LMA != 0 && self.segments[seg::CS].attributes & (1 << 13) != 0
     }
 
-    /// To be called after any change of CPL, CR0, CR4 or EFER: what the TLB's tags are matched against.
+    /// To be called after any change of CPL, CR0, CR4 or EFER: brings what is derived from them up to date.
     pub(super) fn mode_changed(&mut self) {
+        self.sse_ready = self.control.cr0 & (cr0::EM | cr0::TS) == 0 && self.control.cr4 & cr4::OSFXSR != 0;
         self.tlb.mode = u64::from(self.cpl() == 3);
     }
 

@@ -245,6 +245,34 @@ pub(super) fn sar(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) 
     res
 }
 
+/// ROL of an operand of `bits` by 1 to 63; writes CF and OF only.
+#[inline(always)]
+pub(super) fn rol(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let a = a & (u64::MAX >> (64 - bits));
+    let count = count % bits;
+    let res = if count == 0 { a } else { a << count | a >> (bits - count) };
+    if want {
+        let cf = res & 1 != 0;
+        let of = cf != (res >> (bits - 1) & 1 != 0);
+        flags.cv = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
+    }
+    res
+}
+
+/// ROR of an operand of `bits` by 1 to 63; writes CF and OF only.
+#[inline(always)]
+pub(super) fn ror(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let a = a & (u64::MAX >> (64 - bits));
+    let count = count % bits;
+    let res = if count == 0 { a } else { a >> count | a << (bits - count) };
+    if want {
+        let cf = res >> (bits - 1) & 1 != 0;
+        let of = cf != (res >> (bits - 2) & 1 != 0);
+        flags.cv = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
+    }
+    res
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

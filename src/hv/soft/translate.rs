@@ -10,7 +10,8 @@ use super::exec::{self, Executor};
 use super::fast::alu::{self, Form};
 use super::fast::branch;
 use super::fast::data::{self, Source};
-use super::fast::{Handler, Op, UNLINKED, crossing, general, stack};
+use super::fast::fused;
+use super::fast::{Handler, Op, UNLINKED, crossing, general, sse, stack};
 use super::operand::operand_bits;
 use super::step::{self, MAX_LENGTH};
 
@@ -55,8 +56,9 @@ impl Translator {
         for (insn, &flags) in self.insns.iter().zip(&live) {
             ops.push(translate(insn, flags, table));
         }
+        fuse(&self.insns, &mut ops);
         let end = self.insns.last().map_or(start, Instruction::next_ip);
-        let count = ops.len().max(1) as u8;
+        let count = self.insns.len().max(1) as u8;
         match self.insns.last().map(Instruction::flow_control) {
             // The very first instruction runs over the page's end, or is none at all: one step tells.
             None => ops.push(Op { at: start as u16, ..blank(crossing) }),
@@ -137,6 +139,36 @@ fn translate(insn: &Instruction, flags: bool, table: &mut Vec<(Executor, Instruc
     op
 }
 
+/// Makes one operation of a CMP or TEST and the conditional jump that ends the block after it.
+fn fuse(insns: &[Instruction], ops: &mut Vec<Op>) {
+    let ([.., compare, jump], [.., first, second]) = (insns, ops.as_slice()) else { return };
+    let test = compare.mnemonic() == Mnemonic::Test;
+    let Some(condition) = (jump.condition_code() as usize).checked_sub(1) else { return };
+    let target = jump.near_branch_target();
+    let fusible = (test || compare.mnemonic() == Mnemonic::Cmp)
+        && jump.is_jcc_short_or_near()
+        && jump.op0_kind() == OpKind::NearBranch64
+        && target < PAGE_SIZE
+        && register(compare, 0).is_some()
+        && !is_memory(compare, 1)
+        && (compare.op_kind(1) != OpKind::Register || register(compare, 1).is_some());
+    if !fusible {
+        return;
+    }
+    let immediate = compare.op_kind(1) != OpKind::Register;
+    let [base, index] = (target as u16).to_le_bytes();
+    let fused = Op {
+        run: fused::handler(test, immediate, operand_bits(compare, 0), condition),
+        disp: UNLINKED as i32,
+        base,
+        index,
+        len: first.len + second.len,
+        ..*first
+    };
+    ops.truncate(ops.len() - 2);
+    ops.push(fused);
+}
+
 /// The operation with a handler of its own for an instruction, if there is one.
 fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
     if insn.has_lock_prefix() {
@@ -157,10 +189,10 @@ fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
         | Mnemonic::Xor
         | Mnemonic::Test => arithmetic(insn, flags),
         Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Neg | Mnemonic::Not => unary(insn, flags),
-        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar => shift(insn, flags),
+        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol | Mnemonic::Ror => shift(insn, flags),
         Mnemonic::Imul => imul(insn, flags),
         Mnemonic::Nop | Mnemonic::Endbr64 => Some(blank(data::nop)),
-        _ => by_code(insn).or_else(|| by_condition(insn)),
+        _ => by_code(insn).or_else(|| by_condition(insn)).or_else(|| sse_move(insn)).or_else(|| sse_logic(insn)),
     }
 }
 
@@ -425,4 +457,83 @@ fn by_condition(insn: &Instruction) -> Option<Op> {
 fn operand_is_setcc(insn: &Instruction) -> bool {
     // Of the instructions with a condition and one operand, only SETcc has a byte register.
     insn.op_kind(0) == OpKind::Register && insn.op_register(0).is_gpr8()
+}
+
+/// The slot of an XMM register operand.
+fn xmm(insn: &Instruction, n: u32) -> Option<u8> {
+    let register = insn.op_register(n);
+    (insn.op_kind(n) == OpKind::Register && register.is_xmm()).then(|| register.number() as u8)
+}
+
+fn sse_move(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    // Full-width moves: whether memory must be aligned.
+    let full = match insn.mnemonic() {
+        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa => Some(true),
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu => Some(false),
+        _ => None,
+    };
+    if let Some(aligned) = full {
+        op.run = match (xmm(insn, 0), xmm(insn, 1)) {
+            (Some(dst), Some(src)) => {
+                (op.dst, op.src) = (dst, src);
+                sse::mov_registers
+            }
+            (Some(dst), None) => {
+                op.dst = dst;
+                sse::load128(aligned, memory(insn, &mut op)?)
+            }
+            (None, Some(src)) => {
+                op.src = src;
+                sse::store128(aligned, memory(insn, &mut op)?)
+            }
+            (None, None) => return None,
+        };
+        return Some(op);
+    }
+    op.run = match insn.code() {
+        Code::Movd_xmm_rm32 | Code::Movq_xmm_rm64 if !is_memory(insn, 1) => {
+            (op.dst, op.src) = (xmm(insn, 0)?, register(insn, 1)?);
+            sse::general_to_xmm(operand_bits(insn, 1))
+        }
+        Code::Movd_rm32_xmm | Code::Movq_rm64_xmm if !is_memory(insn, 0) => {
+            (op.dst, op.src) = (register(insn, 0)?, xmm(insn, 1)?);
+            sse::xmm_to_general(operand_bits(insn, 0))
+        }
+        Code::Movd_xmm_rm32
+        | Code::Movq_xmm_rm64
+        | Code::Movq_xmm_xmmm64
+        | Code::Movss_xmm_xmmm32
+        | Code::Movsd_xmm_xmmm64
+            if is_memory(insn, 1) =>
+        {
+            op.dst = xmm(insn, 0)?;
+            sse::load_part(operand_bits(insn, 1), memory(insn, &mut op)?)
+        }
+        Code::Movd_rm32_xmm
+        | Code::Movq_rm64_xmm
+        | Code::Movq_xmmm64_xmm
+        | Code::Movss_xmmm32_xmm
+        | Code::Movsd_xmmm64_xmm
+            if is_memory(insn, 0) =>
+        {
+            op.src = xmm(insn, 1)?;
+            sse::store_part(operand_bits(insn, 0), memory(insn, &mut op)?)
+        }
+        _ => return None,
+    };
+    Some(op)
+}
+
+fn sse_logic(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    let in_memory = is_memory(insn, 1);
+    op.run = sse::logic(insn.mnemonic(), in_memory)?;
+    op.dst = xmm(insn, 0)?;
+    if in_memory {
+        memory(insn, &mut op)?;
+    } else {
+        op.src = xmm(insn, 1)?;
+    }
+    Some(op)
 }

@@ -241,6 +241,8 @@ macro_rules! shift {
 shift!(Shl, super::super::flags::shl);
 shift!(Shr, super::super::flags::shr);
 shift!(Sar, super::super::flags::sar);
+shift!(Rol, super::super::flags::rol);
+shift!(Ror, super::super::flags::ror);
 
 fn shift_imm<S: Shift, T: Word, const F: bool>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
     let a = get(cpu, op.dst);
@@ -287,6 +289,10 @@ pub(in super::super) fn shift_handler(
         (M::Shr, false) => shift_sized::<Shr, false>(bits, by_cl),
         (M::Sar, true) => shift_sized::<Sar, true>(bits, by_cl),
         (M::Sar, false) => shift_sized::<Sar, false>(bits, by_cl),
+        (M::Rol, true) => shift_sized::<Rol, true>(bits, by_cl),
+        (M::Rol, false) => shift_sized::<Rol, false>(bits, by_cl),
+        (M::Ror, true) => shift_sized::<Ror, true>(bits, by_cl),
+        (M::Ror, false) => shift_sized::<Ror, false>(bits, by_cl),
         _ => None,
     }
 }

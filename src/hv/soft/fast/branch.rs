@@ -132,13 +132,20 @@ fn following(op: &Op) -> u64 {
     u64::from(op.at) + u64::from(op.len)
 }
 
-/// Jcc: the taken link in `link`, the other in `disp`.
-pub(in super::super) fn jcc<const CC: u8>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
-    if cpu.flags.condition(CC) {
-        jump_relative(cpu, op, rest, arena, op.imm, false)
+/// Goes to `target` (an offset from the page) or on: the taken link is in `link`, the other in `disp`.
+#[inline(always)]
+pub(super) fn conditional(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op], taken: bool, target: u64) -> Leave {
+    if taken {
+        jump_relative(cpu, op, rest, arena, target, false)
     } else {
         jump_relative(cpu, op, rest, arena, following(op), true)
     }
+}
+
+/// Jcc.
+pub(in super::super) fn jcc<const CC: u8>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let taken = cpu.flags.condition(CC);
+    conditional(cpu, op, rest, arena, taken, op.imm)
 }
 
 /// CALL rel.

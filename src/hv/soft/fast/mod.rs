@@ -21,6 +21,8 @@
 pub(super) mod alu;
 pub(super) mod branch;
 pub(super) mod data;
+pub(super) mod fused;
+pub(super) mod sse;
 pub(super) mod stack;
 
 use crate::mem::Scalar;
