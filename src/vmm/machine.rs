@@ -10,18 +10,23 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::board::Board;
+use super::board::VirtioSlot;
+use super::board::announce;
 use super::boot::BASE_CMDLINE;
 use super::boot::BootError;
 use super::boot::BootSpec;
 use super::boot::RNG_SEED_LEN;
-use super::boot::layout;
-use super::bus::Bus;
-use super::bus::Buses;
 use super::bus::Overlap;
 use super::console::Console;
-use super::devices::serial;
+use super::devices::virtio::Worker;
+use super::devices::virtio::blk::Blk;
+use super::devices::virtio::rng::Rng;
+use super::devices::virtio::vsock::Vsock;
+use super::devices::virtio::vsock::VsockConnector;
 use super::vcpu_thread::VcpuEnd;
 use super::vcpu_thread::VcpuThread;
+use crate::block::BlockBackend;
 use crate::hv::HvError;
 use crate::hv::HvVm;
 use crate::hv::Hypervisor;
@@ -39,6 +44,8 @@ pub struct MachineConfig {
     pub kernel: File,
     /// The initramfs.
     pub initramfs: Vec<u8>,
+    /// Read-only disks: `/dev/vda`, `/dev/vdb`, ...
+    pub disks: Vec<Arc<dyn BlockBackend>>,
     /// Let the kernel say what it does, on the console; costs boot time.
     pub verbose_boot: bool,
     /// Added to the command line.
@@ -70,6 +77,9 @@ pub enum MachineError {
     /// The machine's devices collide.
     #[error("laying out devices")]
     Layout(#[from] Overlap),
+    /// More disks than the machine has slots.
+    #[error("more devices than the machine has slots")]
+    TooManyDevices,
 }
 
 /// How a machine ended.
@@ -93,6 +103,8 @@ pub enum MachineEnd {
 pub struct Machine {
     vcpu: VcpuThread,
     console: Console,
+    connector: VsockConnector,
+    _workers: Vec<Worker>,
     end: watch::Receiver<Option<MachineEnd>>,
     // The engine's side must outlive its vCPUs' threads only as far as they hold it themselves.
     _vm: Box<dyn HvVm>,
@@ -108,31 +120,35 @@ impl Machine {
         let ram = Arc::new(GuestRam::new(config.memory)?);
         let mut rng_seed = [0; RNG_SEED_LEN];
         getrandom::fill(&mut rng_seed).map_err(|e| MachineError::Host { what: "entropy", source: e.into() })?;
-        let cmdline = command_line(&config);
+        let (devices, connector) = virtio_devices(&config.disks);
+        let cmdline = command_line(&config, devices.len());
         let spec = BootSpec { cmdline: &cmdline, initramfs: &config.initramfs, vcpus, rng_seed };
         let state = super::boot::load(&ram, &mut config.kernel, &spec)?;
 
         let vm = engine.create_vm(&VmSpec { vcpus }, Arc::clone(&ram))?;
         let console = Console::new();
-        let mut ports = Bus::default();
-        let serial = serial::Serial::new(vm.irq_line(layout::SERIAL_GSI)?, console.clone());
-        ports.insert(u64::from(layout::SERIAL_PORT), serial::PORTS, Box::new(serial))?;
-        let buses = Buses { ports: Arc::new(ports), mmio: Arc::new(Bus::default()) };
-
+        let board = Board::build(&*vm, &ram, &console, devices)?;
         let seed = vm.create_vcpu(VcpuId(0))?;
         let (ended, end) = watch::channel(None);
-        let seen = console.clone();
-        let vcpu = VcpuThread::spawn(VcpuId(0), seed, Box::new(buses), state, move |end| {
+        let (seen, guest) = (console.clone(), connector.clone());
+        let vcpu = VcpuThread::spawn(VcpuId(0), seed, Box::new(board.buses), state, move |end| {
+            guest.guest_gone();
             ended.send_replace(Some(machine_end(end, &seen)));
         })
         .map_err(|source| MachineError::Host { what: "thread", source })?;
-        Ok(Self { vcpu, console, end, _vm: vm })
+        Ok(Self { vcpu, console, connector, _workers: board.workers, end, _vm: vm })
     }
 
     /// What the guest writes to its serial console.
     #[must_use]
     pub fn console(&self) -> &Console {
         &self.console
+    }
+
+    /// Opens streams to the guest's vsock ports.
+    #[must_use]
+    pub fn connector(&self) -> &VsockConnector {
+        &self.connector
     }
 
     /// Asks the machine to stop; [`Machine::ended`] tells when it has.
@@ -172,11 +188,29 @@ fn machine_end(end: VcpuEnd, console: &Console) -> MachineEnd {
     }
 }
 
-fn command_line(config: &MachineConfig) -> String {
+/// The virtio slots in order: disks, then sockets and entropy.
+fn virtio_devices(disks: &[Arc<dyn BlockBackend>]) -> (Vec<VirtioSlot>, VsockConnector) {
+    let mut slots: Vec<VirtioSlot> = disks
+        .iter()
+        .enumerate()
+        .map(|(n, disk)| VirtioSlot {
+            name: format!("blk-{n}"),
+            device: Box::new(Blk::new(Arc::clone(disk), &format!("kiln-{n}"))),
+            doorbell: Arc::default(),
+        })
+        .collect();
+    let (vsock, connector, doorbell) = Vsock::new();
+    slots.push(VirtioSlot { name: "vsock".to_owned(), device: Box::new(vsock), doorbell });
+    slots.push(VirtioSlot { name: "rng".to_owned(), device: Box::new(Rng), doorbell: Arc::default() });
+    (slots, connector)
+}
+
+fn command_line(config: &MachineConfig, slots: usize) -> String {
     let mut line = BASE_CMDLINE.to_owned();
     if !config.verbose_boot {
         line.push_str(" quiet");
     }
+    announce(u32::try_from(slots).unwrap_or(u32::MAX), &mut line);
     if !config.extra_cmdline.is_empty() {
         line.push(' ');
         line.push_str(&config.extra_cmdline);

@@ -3,6 +3,7 @@
 //! It owns memory layout, boot, the port and MMIO bus, devices and the vCPU threads. It knows no
 //! images, no exec protocol and no particular engine.
 
+mod board;
 pub mod boot;
 pub mod bus;
 pub mod console;
