@@ -1,6 +1,8 @@
 //! Run any OCI image as a microVM, from async Rust.
 
 pub mod hv;
+pub mod image;
 pub mod mem;
+pub mod rootfs;
 pub mod transport;
 pub mod units;
