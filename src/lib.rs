@@ -2,7 +2,9 @@
 
 pub mod block;
 pub mod hv;
+pub mod image;
 pub mod mem;
+pub mod rootfs;
 pub mod transport;
 pub mod units;
 pub mod vmm;
