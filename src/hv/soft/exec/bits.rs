@@ -68,12 +68,7 @@ fn bit_string(
     Ok(Flow::Next)
 }
 
-fn bit_at<T: crate::mem::Scalar>(
-    cpu: &mut Cpu,
-    address: u64,
-    bit: u64,
-    change: Option<Change>,
-) -> Result<bool, Stop> {
+fn bit_at<T: crate::mem::Scalar>(cpu: &mut Cpu, address: u64, bit: u64, change: Option<Change>) -> Result<bool, Stop> {
     let value = match change {
         None => cpu.read::<T>(address)?.widen() as u64,
         Some(change) => {

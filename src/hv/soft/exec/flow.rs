@@ -84,11 +84,7 @@ pub(super) fn loops(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 }
 
 pub(super) fn jrcxz(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    if cpu.regs[slot::RCX] & mask(count_bits(insn)) == 0 {
-        cpu.jump(cpu.branch_target(insn))
-    } else {
-        Ok(Flow::Next)
-    }
+    if cpu.regs[slot::RCX] & mask(count_bits(insn)) == 0 { cpu.jump(cpu.branch_target(insn)) } else { Ok(Flow::Next) }
 }
 
 /// INT3, INT n and INT1: traps, so the frame's RIP is after the instruction.
@@ -96,7 +92,7 @@ pub(super) fn int(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let (vector, source) = match insn.mnemonic() {
         Mnemonic::Int3 => (3, Source::Software),
         // Privileged in name only: it skips the gate's DPL check.
-        Mnemonic::Int1 => (1, Source::Event),
+        Mnemonic::Int1 => (1, Source::Exception),
         _ => (insn.immediate8(), Source::Software),
     };
     cpu.enter_gate(vector, None, source)?;

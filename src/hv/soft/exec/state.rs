@@ -6,8 +6,12 @@ use crate::hv::soft::apic::{IoApic, Lapic};
 use crate::hv::soft::clock::Clock;
 use crate::hv::soft::code_map::CodeMap;
 use crate::hv::soft::cpu::{Control, Cpu, SystemMsrs, cr0, efer, is_canonical, seg, slot};
+use crate::hv::soft::fast::Miss;
+use crate::hv::soft::fast::branch::JumpCache;
+use crate::hv::soft::fault::Stop;
 use crate::hv::soft::flags::Flags;
 use crate::hv::soft::fpu::FpuState;
+use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
 use crate::hv::state::VcpuState;
 use crate::hv::state::x86_64::{Fpu, Msrs, Segment, Table};
@@ -60,11 +64,19 @@ impl Cpu {
             io,
             code_writes: Vec::new(),
             fetch_epoch: [0; 2],
+            sse_ready: false,
+            jumps: JumpCache::new(),
+            general: Vec::new(),
+            budget: 0,
+            patch: None,
+            miss: Miss { va: 0, size: 0 },
+            stop: Stop::Unimplemented("nothing stopped"),
+            crossings: CrossingCache::new(),
         }
     }
 
-    /// The architectural state. `halted` is the run loop's to know.
-    pub(in crate::hv::soft) fn save(&mut self, halted: bool) -> VcpuState {
+    /// The architectural state; whether it is halted is the run loop's to add.
+    pub(in crate::hv::soft) fn save(&mut self) -> VcpuState {
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.regs[..16]);
         let mut segments = self.segments;
@@ -89,7 +101,7 @@ impl Cpu {
             fpu: self.fpu.save(),
             lapic: self.lapic.save(),
             interrupt_shadow: self.interrupt_shadow,
-            halted,
+            halted: false,
         }
     }
 
