@@ -86,8 +86,9 @@ impl Cpu {
 pub(super) fn control_register(insn: &Instruction) -> Option<Executor> {
     let (executor, register): (Executor, Register) =
         if insn.op0_register().is_cr() { (mov_to, insn.op0_register()) } else { (mov_from, insn.op1_register()) };
-    matches!(register, Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8)
-        .then_some(executor)
+    let known = matches!(register, Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8);
+    // A LOCK prefix names CR8 on some processors, which CPUID would say.
+    (known && !insn.has_lock_prefix()).then_some(executor)
 }
 
 fn mov_to(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
