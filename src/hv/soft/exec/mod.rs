@@ -20,6 +20,8 @@ mod stack;
 mod state;
 mod string;
 mod system_segment;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+mod tests;
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
