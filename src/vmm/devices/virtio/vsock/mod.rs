@@ -8,6 +8,8 @@ mod connection;
 mod mux;
 mod packet;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use stream::{VsockConnector, VsockStream};
 
