@@ -1,8 +1,10 @@
 //! Run any OCI image as a microVM, from async Rust.
 
 pub mod block;
+pub mod exec;
 pub mod hv;
 pub mod mem;
 pub mod transport;
 pub mod units;
+pub mod vm;
 pub mod vmm;

@@ -196,7 +196,8 @@ impl FrameParser {
                 },
             };
             let in_pieces = self.streaming && (partial.kind.is_stream() || matches!(partial.kind, Kind::Unknown(_)));
-            if src.len() < partial.left && !(in_pieces && !src.is_empty()) {
+            let needed = if in_pieces { partial.left.min(1) } else { partial.left };
+            if src.len() < needed {
                 return Ok(None);
             }
             let taken = partial.left.min(src.len());
