@@ -81,7 +81,6 @@ impl Vm {
     }
 
     /// Prepares a command to run in the guest.
-    #[must_use]
     pub fn exec_builder(&self) -> ExecBuilder {
         ExecBuilder::new(Arc::clone(&self.connector))
     }

@@ -24,6 +24,7 @@ use crate::vmm::MachineConfig;
 use crate::vmm::MachineEnd;
 use crate::vmm::MachineError;
 use crate::vmm::boot::BootError;
+use crate::vmm::boot::ElfError;
 use crate::vmm::boot::cpio;
 
 /// Largest agent taken into an initramfs; ours is a few MiB.
@@ -37,8 +38,8 @@ pub(super) fn machine(root: &RootImage, config: VmConfig) -> Result<Machine, Sta
     let kernel_path = kernel_path(&config)?;
     let kernel = open(&kernel_path, StartError::kernel_missing)?;
     let agent = read_agent(&agent_path(&config)?)?;
-    let disk = FileBackend::open(&root.path)
-        .map_err(|source| StartError::Unreadable { path: root.path.clone(), source })?;
+    let disk =
+        FileBackend::open(&root.path).map_err(|source| StartError::Unreadable { path: root.path.clone(), source })?;
     let guest = guest_config(root, &config);
     let engine = config.engine.map_or_else(engine::best, Ok)?;
     let machine = MachineConfig {
@@ -50,6 +51,8 @@ pub(super) fn machine(root: &RootImage, config: VmConfig) -> Result<Machine, Sta
         extra_cmdline: config.extra_cmdline,
     };
     Machine::start(&*engine, machine).map_err(|error| match error {
+        // A kernel that is one, but does not fit, is the memory's fault.
+        MachineError::Boot(BootError::Kernel(ElfError::OutsideRam { .. })) => StartError::Machine(error),
         MachineError::Boot(BootError::Kernel(source)) => StartError::KernelNotElf { path: kernel_path, source },
         other => StartError::Machine(other),
     })
