@@ -356,6 +356,26 @@ async fn a_stream_reaches_through_the_queues_to_the_guest() {
     guest.await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_end_when_the_guest_breaks_its_socket_device() {
+    let (vsock, connector, doorbell) = Vsock::new();
+    let mut driver = Driver::new(vsock, doorbell).start();
+    let host = tokio::spawn(async move { connector.connect(1028).await.map(|_| ()) });
+    tokio::task::spawn_blocking(move || {
+        driver.offer(0, 0, &[(BUFFERS, 0x1000, WRITE)]);
+        driver.ring(0);
+        driver.wait_used(0);
+        // Ten bytes are not a header.
+        driver.offer(1, 0, &[(BUFFERS, 10, 0)]);
+        driver.ring(1);
+        driver.wait_needs_reset();
+    })
+    .await
+    .unwrap();
+    let error = tokio::time::timeout(PATIENCE, host).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
 /// A descriptor that is anything, though often near something.
 fn wild_descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let addr = prop_oneof![any::<u64>(), 0..0x50_0000u64, Just(BUFFERS)];

@@ -190,6 +190,17 @@ fn a_guest_that_never_agrees_to_the_end_is_reset_in_time() {
 }
 
 #[test]
+fn a_goodbye_that_the_guest_has_not_heard_yet_outlives_the_time_limit() {
+    let mut guest = Guest::connected();
+    let now = Instant::now();
+    guest.mux.release(guest.key, now);
+    guest.say(op::SHUTDOWN, shutdown::BOTH, &[]);
+    guest.mux.handle_timeout(now + Duration::from_secs(60));
+    guest.listen();
+    assert_eq!(guest.heard.last(), Some(&op::RST));
+}
+
+#[test]
 fn dropping_a_stream_with_unread_bytes_resets_it() {
     let mut guest = Guest::connected();
     guest.send(b"unread");
