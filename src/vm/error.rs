@@ -52,9 +52,6 @@ pub enum StartError {
     /// A setting that cannot be.
     #[error("invalid configuration: {0}")]
     Config(&'static str),
-    /// No engine runs on this host.
-    #[error("this host has no engine to run a guest")]
-    NoEngine,
     /// The machine could not be built.
     #[error("the machine could not be built")]
     Machine(#[source] MachineError),

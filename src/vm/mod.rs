@@ -10,7 +10,6 @@
 pub mod assets;
 mod config;
 mod driver;
-mod engine;
 mod error;
 mod start;
 
