@@ -18,9 +18,9 @@ use crate::hv::{Exit, HvError, Vcpu};
 
 use super::code::CodeCache;
 use super::cpu::{Cpu, slot};
-use super::exec::{Shutdown, Source};
+use super::exec::Delivery;
 use super::fast::{Leave, Patch};
-use super::fault::{Exception, Flow, Stop};
+use super::fault::{Flow, Stop};
 use super::flags::{IF, TF};
 use super::mailbox::Mailbox;
 use crate::units::PAGE_SIZE;
@@ -69,17 +69,18 @@ impl SoftVcpu {
             self.sleep();
             return Ok(None);
         }
-        let outcome = if self.cpu.interrupt_shadow || self.cpu.system_flags & TF != 0 {
-            self.one_instruction()
-        } else {
-            self.chain()
-        };
+        let trap = self.cpu.system_flags & TF != 0;
+        let outcome = if self.cpu.interrupt_shadow || trap { self.one_instruction() } else { self.chain() };
         match outcome {
             Ok(Leave::Halt) => self.halted = true,
             Ok(_) => {}
             Err(stop) => return self.stopped(stop),
         }
         self.slice -= RETURN_COST;
+        if trap && !self.halted {
+            let delivery = self.cpu.deliver_single_step();
+            return Ok(self.delivered(delivery)?.then_some(Exit::Shutdown));
+        }
         Ok(None)
     }
 
@@ -91,10 +92,16 @@ impl SoftVcpu {
         let Some(vector) = self.cpu.lapic.deliverable() else { return Ok(false) };
         self.cpu.lapic.accept(vector);
         self.halted = false;
-        match self.cpu.deliver(Exception { vector, error: None, cr2: None }, Source::External) {
-            Ok(()) => Ok(false),
-            Err(Shutdown::TripleFault) => Ok(true),
-            Err(Shutdown::Unimplemented(what)) => Err(self.unimplemented(what)),
+        let delivery = self.cpu.deliver_interrupt(vector);
+        self.delivered(delivery)
+    }
+
+    /// Whether a delivery ended in shutdown.
+    fn delivered(&mut self, delivery: Delivery) -> Result<bool, HvError> {
+        match delivery {
+            Delivery::Done => Ok(false),
+            Delivery::TripleFault => Ok(true),
+            Delivery::Unimplemented(what) => Err(self.unimplemented(what)),
         }
     }
 
@@ -148,19 +155,13 @@ impl SoftVcpu {
         Ok(block)
     }
 
-    /// One instruction by the general executor: in an interrupt shadow, and when single-stepping.
+    /// One instruction by the general executor: in an interrupt shadow, and when single-stepping (TF).
     fn one_instruction(&mut self) -> Result<Leave, Stop> {
-        let trap = self.cpu.system_flags & TF != 0;
         if !self.cpu.is_64bit() {
             return Err(Stop::Unimplemented("code outside 64-bit mode"));
         }
         self.cpu.interrupt_shadow = false;
         let flow = self.cpu.step()?;
-        if trap {
-            // Single-step trap, DR6.BS (SDM 19.3.1.4).
-            self.cpu.dr[4] |= 1 << 14;
-            return Err(Stop::Fault(Exception::DEBUG));
-        }
         Ok(if flow == Flow::Halt { Leave::Halt } else { Leave::Sync })
     }
 
@@ -171,11 +172,8 @@ impl SoftVcpu {
             Stop::Unimplemented(what) => return Err(self.unimplemented(what)),
         };
         self.slice -= RETURN_COST;
-        match self.cpu.deliver(exception, Source::Exception) {
-            Ok(()) => Ok(None),
-            Err(Shutdown::TripleFault) => Ok(Some(Exit::Shutdown)),
-            Err(Shutdown::Unimplemented(what)) => Err(self.unimplemented(what)),
-        }
+        let delivery = self.cpu.deliver_exception(exception);
+        Ok(self.delivered(delivery)?.then_some(Exit::Shutdown))
     }
 
     fn unimplemented(&mut self, what: &'static str) -> HvError {
@@ -193,9 +191,7 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, HvError> {
-        let mut state = self.cpu.save();
-        state.halted = self.halted;
-        Ok(state)
+        Ok(self.cpu.save(self.halted))
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HvError> {

@@ -20,6 +20,8 @@ mod stack;
 mod state;
 mod string;
 mod system_segment;
+#[cfg(test)]
+mod tests;
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
@@ -28,7 +30,7 @@ use super::fault::{Flow, Stop};
 use super::flags::Flags;
 use super::operand::operand_bits;
 
-pub(super) use interrupt::{Shutdown, Source};
+pub(super) use interrupt::Delivery;
 
 /// Executes one instruction. `Cpu::rip` is already that of the next one; a branch replaces it.
 pub(super) type Executor = fn(&mut Cpu, &Instruction) -> Result<Flow, Stop>;
@@ -99,7 +101,7 @@ fn general(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Xlatb => moves::xlat,
         Mnemonic::Lahf => moves::lahf,
         Mnemonic::Sahf => moves::sahf,
-        Mnemonic::Push => stack::push,
+        Mnemonic::Push => return push(insn),
         Mnemonic::Pop => return pop(insn),
         Mnemonic::Pushf | Mnemonic::Pushfq => stack::pushf,
         Mnemonic::Popf | Mnemonic::Popfq => stack::popf,
@@ -215,6 +217,10 @@ fn mov(insn: &Instruction) -> Option<Executor> {
     } else {
         moves::mov
     })
+}
+
+fn push(insn: &Instruction) -> Option<Executor> {
+    if insn.op0_register() == Register::CS { None } else { Some(stack::push) }
 }
 
 fn pop(insn: &Instruction) -> Option<Executor> {

@@ -4,7 +4,6 @@ use iced_x86::Instruction;
 
 use crate::hv::soft::cpu::{Cpu, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
-use crate::hv::soft::flags;
 use crate::hv::soft::flags::sext;
 use crate::hv::soft::operand::operand_bits;
 
@@ -40,16 +39,10 @@ impl Cpu {
         };
     }
 
-    /// CF and OF say that the upper half is significant; the other flags are undefined, and stay.
+    /// CF and OF say that the upper half is significant; the other flags are undefined.
     fn multiplied(&mut self, overflow: bool) {
         self.flags.set_cf(overflow);
         self.flags.set_of(overflow);
-    }
-
-    /// All flags are undefined; AMD's silicon keeps CF and OF, sets AF and clears the others.
-    fn divided(&mut self) {
-        let kept = self.flags.rflags() & (flags::CF | flags::OF);
-        self.flags.set_rflags(kept | flags::AF);
     }
 }
 
@@ -93,7 +86,6 @@ pub(super) fn div(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         return Err(Exception::DIVIDE.into());
     }
     cpu.set_double_accumulator(bits, quotient as u64, (dividend % divisor) as u64);
-    cpu.divided();
     Ok(Flow::Next)
 }
 
@@ -108,6 +100,5 @@ pub(super) fn idiv(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         return Err(Exception::DIVIDE.into());
     }
     cpu.set_double_accumulator(bits, quotient as u64, (dividend % divisor) as u64);
-    cpu.divided();
     Ok(Flow::Next)
 }
