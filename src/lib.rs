@@ -8,4 +8,5 @@ pub mod mem;
 pub mod rootfs;
 pub mod transport;
 pub mod units;
+pub mod vm;
 pub mod vmm;
