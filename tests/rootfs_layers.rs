@@ -298,3 +298,13 @@ async fn a_damaged_cached_image_is_built_again() {
     place.build(&layers()).await.unwrap();
     assert_eq!(fs::read(&root.path).unwrap(), good);
 }
+
+#[tokio::test]
+async fn the_deepest_folders_can_be_made_and_whited_out() {
+    let deep = "d/".repeat(2000);
+    let lower = Tar::new().folder(&deep).finish();
+    let upper = Tar::new().file(".wh.d", b"").file("left", b"1").finish();
+    assert_eq!(names(&listing(&[LayerBlob::plain(lower.clone()), LayerBlob::plain(upper)]).await), ["left"]);
+    let opaque = Tar::new().file(".wh..wh..opq", b"").file("left", b"1").finish();
+    assert_eq!(names(&listing(&[LayerBlob::plain(lower), LayerBlob::plain(opaque)]).await), ["left"]);
+}

@@ -135,8 +135,7 @@ fn client(reference: &Reference, step_timeout: Duration) -> Result<Client, PullE
         user_agent: concat!("kiln/", env!("CARGO_PKG_VERSION")),
         ..ClientConfig::default()
     };
-    Client::try_from(config)
-        .map_err(|error| PullError::Network { what: "the http client".to_owned(), source: error.into() })
+    Client::try_from(config).map_err(|error| PullError::HttpClient(error.into()))
 }
 
 struct Pull<'a> {
