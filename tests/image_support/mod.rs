@@ -407,6 +407,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.folder.path()).status();
+        // Detached: a process that another test is just starting may still hold a descriptor of ours.
+        let _ = Command::new("umount").arg("--lazy").arg(self.folder.path()).status();
     }
 }
