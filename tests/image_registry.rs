@@ -183,7 +183,9 @@ async fn serve(layout: &Layout, tag_manifest: Digest, fault: Fault) -> String {
                     Some((_, hex)) => hex.to_owned(),
                     None if path.contains("/manifests/") => tag_manifest.hex(),
                     None => {
-                        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+                        let _ = stream
+                            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                            .await;
                         return;
                     }
                 };
@@ -268,15 +270,21 @@ async fn a_pinned_manifest_that_is_another() {
     assert_eq!(place.debris(), [""; 0]);
 }
 
-#[tokio::test]
-async fn a_dropped_pull_leaves_nothing_half_written() {
-    let layout = Layout::new();
-    let manifest = layout.manifest(&layers());
-    let digest: Digest = manifest["digest"].as_str().unwrap().parse().unwrap();
-    let address = serve(&layout, digest, Fault::Stall).await;
-    let place = Place::new().await;
-    let pull = Image::builder(format!("{address}/app:1")).store(place.store.clone()).pull();
-    let abandoned = tokio::time::timeout(Duration::from_millis(300), pull).await;
-    assert!(abandoned.is_err(), "the server never finishes a blob");
+#[test]
+fn a_dropped_pull_leaves_nothing_half_written() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let place = runtime.block_on(async {
+        let layout = Layout::new();
+        let manifest = layout.manifest(&layers());
+        let digest: Digest = manifest["digest"].as_str().unwrap().parse().unwrap();
+        let address = serve(&layout, digest, Fault::Stall).await;
+        let place = Place::new().await;
+        let pull = Image::builder(format!("{address}/app:1")).store(place.store.clone()).pull();
+        let abandoned = tokio::time::timeout(Duration::from_millis(300), pull).await;
+        assert!(abandoned.is_err(), "the server never finishes a blob: {abandoned:?}");
+        place
+    });
+    // Waits for the file work that was under way.
+    drop(runtime);
     assert_eq!(place.debris(), [""; 0]);
 }
