@@ -36,7 +36,7 @@ const BUILD_PACKAGES: &[&str] =
 /// `tree` is an unpacked Linux source tree to use in place of the distribution's package.
 pub(crate) fn ensure(tree: Option<&Path>) -> Result<PathBuf> {
     let path = workspace::root().join("guest-kernel/kernel.config");
-    let config = Config::parse(fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?)?;
+    let config = Config::parse(&fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?)?;
     let section = Section::open("kernel")?;
     let source = match tree {
         Some(tree) => Source::tree(tree)?,
@@ -62,7 +62,7 @@ pub(crate) fn ensure(tree: Option<&Path>) -> Result<PathBuf> {
 
 fn key(config: &Config, source: &Source) -> String {
     let mut hash = Sha256::new();
-    for part in [RECIPE, source.version(), config.text()] {
+    for part in [RECIPE, source.version(), config.options()] {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
@@ -70,7 +70,7 @@ fn key(config: &Config, source: &Source) -> String {
 }
 
 fn is_current(section: &Section, config: &Config) -> bool {
-    fs::read_to_string(section.current().join("requested.config")).is_ok_and(|text| text == config.text())
+    fs::read_to_string(section.current().join("requested.config")).is_ok_and(|text| text == config.options())
 }
 
 fn build(writer: &Writer<'_>, config: &Config, source: &Source, key: &str) -> Result<()> {
@@ -78,7 +78,7 @@ fn build(writer: &Writer<'_>, config: &Config, source: &Source, key: &str) -> Re
     let entry = writer.scratch().join("entry");
     fs::create_dir(&entry)?;
     let requested = entry.join("requested.config");
-    fs::write(&requested, config.text())?;
+    fs::write(&requested, config.options())?;
 
     let out = writer.scratch().join("out");
     fs::create_dir(&out)?;
