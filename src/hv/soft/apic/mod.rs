@@ -192,7 +192,9 @@ mod tests {
     fn send(bus: &Bus, to: Destination, delivery: Delivery) -> Vec<u32> {
         bus.send(to, Message { delivery, vector: 0x40, level: false });
         let ids = posted(bus);
-        ids.iter().for_each(|id| drop(bus.mailbox(*id).unwrap().collect()));
+        for id in &ids {
+            bus.mailbox(*id).unwrap().collect();
+        }
         ids
     }
 
