@@ -35,13 +35,33 @@ pub enum RamError {
 }
 
 /// An integer the processor moves to and from memory, little endian.
-pub trait Scalar: Copy + sealed::Sealed {}
+pub trait Scalar: Copy + sealed::Sealed {
+    /// Its size in bytes.
+    const SIZE: u64;
+    /// Zero-extends.
+    fn widen(self) -> u128;
+    /// Keeps the low bytes.
+    fn narrow(wide: u128) -> Self;
+}
 mod sealed {
     /// Types for which every bit pattern is a value and that have no padding.
     pub trait Sealed {}
 }
 macro_rules! scalar {
-    ($($t:ty),*) => { $(impl sealed::Sealed for $t {} impl Scalar for $t {})* };
+    ($($t:ty),*) => { $(
+        impl sealed::Sealed for $t {}
+        impl Scalar for $t {
+            const SIZE: u64 = size_of::<$t>() as u64;
+            #[inline(always)]
+            fn widen(self) -> u128 {
+                self.into()
+            }
+            #[inline(always)]
+            fn narrow(wide: u128) -> Self {
+                wide as Self
+            }
+        }
+    )* };
 }
 scalar!(u8, u16, u32, u64, u128);
 

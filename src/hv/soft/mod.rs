@@ -4,5 +4,18 @@
 
 mod apic;
 mod clock;
+mod code;
+mod code_map;
+mod cpu;
 mod cpuid;
+mod exec;
+mod fast;
+mod fault;
+mod flags;
+mod fpu;
 mod mailbox;
+mod mmu;
+mod operand;
+mod step;
+mod tlb;
+mod translate;
