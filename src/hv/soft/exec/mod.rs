@@ -11,4 +11,6 @@ use super::fault::{Flow, Stop};
 /// Executes one instruction. `Cpu::rip` is already that of the next one; a branch replaces it.
 pub(super) type Executor = fn(&mut Cpu, &Instruction) -> Result<Flow, Stop>;
 
-pub(super) fn executor(_insn: &Instruction) -> Option<Executor> { None }
+pub(super) fn executor(_insn: &Instruction) -> Option<Executor> {
+    None
+}
