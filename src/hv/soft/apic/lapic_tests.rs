@@ -354,9 +354,9 @@ fn sdm_11_4_1_xapic_registers_by_offset() {
     assert_eq!(lapic.mmio_read(0x280), 0x80, "illegal register address");
     let other = &mut machine.lapics[1];
     other.mmio_write(0xf0, 0x1ff);
-    assert_eq!(serve(other), [0u8; 0]);
-    machine.lapics[0].mmio_write(0x300, 0x81);
-    assert_eq!(serve(&mut machine.lapics[1]), [0x81]);
+    assert_eq!(serve(other), [0x81]);
+    machine.lapics[0].mmio_write(0x300, 0x82);
+    assert_eq!(serve(&mut machine.lapics[1]), [0x82]);
 }
 
 #[test]
