@@ -167,7 +167,8 @@ impl ConsoleFollower {
         output
     }
 
-    /// Waits until `text` has appeared since this follower began or last found something.
+    /// Waits until `text`, which is not empty, has appeared in output that this follower has not seen yet.
+    /// What was read together with it counts as seen.
     ///
     /// # Cancel safety
     /// Not cancel safe: what was read before is forgotten.
@@ -175,7 +176,7 @@ impl ConsoleFollower {
         let mut seen = Vec::new();
         loop {
             seen.extend_from_slice(&self.next().await.bytes);
-            if seen.windows(text.len()).any(|window| window == text.as_bytes()) {
+            if seen.windows(text.len().max(1)).any(|window| window == text.as_bytes()) {
                 return;
             }
             // Only a part of `text` can still be completed by what follows.

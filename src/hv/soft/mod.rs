@@ -8,6 +8,7 @@ mod code;
 mod code_map;
 mod cpu;
 mod cpuid;
+mod engine;
 mod exec;
 mod fast;
 mod fault;
@@ -16,6 +17,9 @@ mod fpu;
 mod mailbox;
 mod mmu;
 mod operand;
+mod run;
 mod step;
 mod tlb;
 mod translate;
+
+pub use engine::Soft;

@@ -91,7 +91,7 @@ impl Blk {
 
     fn read(&mut self, sector: u64, len: usize, to: &mut impl Write) -> Status {
         let fits = sector.checked_add(len as u64 / SECTOR).is_some_and(|end| end <= self.sectors());
-        if !fits || len as u64 % SECTOR != 0 || len > MAX_READ {
+        if !fits || !(len as u64).is_multiple_of(SECTOR) || len > MAX_READ {
             return Status::IoError;
         }
         // In range, so the product is at most the backend's size and a sector.

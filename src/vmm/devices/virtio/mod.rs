@@ -15,6 +15,8 @@ mod doorbell;
 pub mod mmio;
 mod queue;
 pub mod rng;
+#[cfg(test)]
+mod tests;
 pub mod vsock;
 mod worker;
 

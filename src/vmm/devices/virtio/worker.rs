@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use super::DeviceQueue;
 use super::Doorbell;
@@ -67,12 +68,20 @@ impl Shared {
 
     fn stop(&self, core: &mut Core) {
         core.queues = None;
+        // The backend learns at once that nothing will come any more.
+        core.device.reset();
         self.needs_reset.store(true, Ordering::Release);
         self.interrupt.config_change();
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When to work unasked; a device that is not running never has to.
+    fn deadline(&self) -> Option<Instant> {
+        let core = self.lock();
+        core.queues.as_ref().and_then(|_| core.device.deadline())
     }
 
     /// One bounded piece of work.
@@ -102,7 +111,7 @@ impl Worker {
         let doorbell = Arc::clone(&shared.doorbell);
         thread::Builder::new().name(name).spawn(move || {
             loop {
-                let deadline = shared.lock().device.deadline();
+                let deadline = shared.deadline();
                 if shared.doorbell.wait(deadline) == Wake::Closed {
                     return;
                 }

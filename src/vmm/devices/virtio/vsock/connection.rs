@@ -125,7 +125,9 @@ impl Connection {
 
     /// Ends it and tells the guest.
     pub(super) fn break_off(&mut self, why: Closed) {
-        self.owes_reset = !matches!(self.phase, Phase::Requested { sent: false } | Phase::Closed(_));
+        if !self.is_closed() {
+            self.owes_reset = self.phase != Phase::Requested { sent: false };
+        }
         self.close(why);
     }
 

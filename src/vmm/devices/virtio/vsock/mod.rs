@@ -1,13 +1,15 @@
 //! The socket device (section 5.10), ending in this process: [`VsockConnector`] opens streams to the
 //! guest's ports.
 //!
-//! [`mux`] is the protocol and knows neither queues nor tasks; this file moves its packets through the
-//! virtqueues, on the device's thread; [`stream`] is what tokio sees.
+//! `mux` is the protocol and knows neither queues nor tasks; this file moves its packets through the
+//! virtqueues, on the device's thread; `stream` is what tokio sees.
 
 mod connection;
 mod mux;
 mod packet;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use stream::{VsockConnector, VsockStream};
 

@@ -1,0 +1,186 @@
+//! What a VM is made of.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::assets::Assets;
+use crate::hv::Hypervisor;
+use crate::units::Bytes;
+
+/// Where the guest kernel comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Kernel {
+    /// The cache, as `cargo xtask kernel` filled it.
+    #[default]
+    Cached,
+    /// This `vmlinux`.
+    Path(PathBuf),
+}
+
+/// Where the in-guest agent comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Agent {
+    /// The cache, as `cargo xtask agent` filled it.
+    #[default]
+    Cached,
+    /// This static binary.
+    Path(PathBuf),
+}
+
+/// The settings of a VM, each with a default that runs ordinary programs.
+///
+/// ```
+/// use kiln::units::Bytes;
+/// use kiln::vm::VmConfig;
+/// let config = VmConfig::new().memory(Bytes::mib(512)).hostname("builder");
+/// ```
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    pub(super) memory: Bytes,
+    pub(super) vcpus: u8,
+    pub(super) hostname: Option<String>,
+    pub(super) resolv_conf: Option<String>,
+    pub(super) overlay_size: Bytes,
+    pub(super) kernel: Kernel,
+    pub(super) agent: Agent,
+    pub(super) assets: Option<Assets>,
+    pub(super) engine: Option<Arc<dyn Hypervisor>>,
+    pub(super) boot_timeout: Duration,
+    pub(super) verbose_boot: bool,
+    pub(super) extra_cmdline: String,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl VmConfig {
+    /// 256 MiB of memory, one vCPU, up to 128 MiB of it for files that the guest writes, a minute to boot.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            memory: Bytes::mib(256),
+            vcpus: 1,
+            hostname: None,
+            resolv_conf: None,
+            overlay_size: Bytes::mib(128),
+            kernel: Kernel::default(),
+            agent: Agent::default(),
+            assets: None,
+            engine: None,
+            boot_timeout: Duration::from_secs(60),
+            verbose_boot: false,
+            extra_cmdline: String::new(),
+        }
+    }
+
+    /// The guest's memory; a multiple of 4 KiB.
+    #[must_use]
+    pub fn memory(mut self, size: Bytes) -> Self {
+        self.memory = size;
+        self
+    }
+
+    /// How many vCPUs. Only one, so far; any other number is an error at start.
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// The guest's host name.
+    #[must_use]
+    pub fn hostname(mut self, name: impl Into<String>) -> Self {
+        self.hostname = Some(name.into());
+        self
+    }
+
+    /// The content of the guest's `/etc/resolv.conf`; else the image's own file stays.
+    #[must_use]
+    pub fn resolv_conf(mut self, content: impl Into<String>) -> Self {
+        self.resolv_conf = Some(content.into());
+        self
+    }
+
+    /// How much the guest may write over its root image. It is kept in the guest's memory.
+    #[must_use]
+    pub fn overlay_size(mut self, size: Bytes) -> Self {
+        self.overlay_size = size;
+        self
+    }
+
+    /// The guest kernel.
+    #[must_use]
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// The in-guest agent.
+    #[must_use]
+    pub fn agent(mut self, agent: Agent) -> Self {
+        self.agent = agent;
+        self
+    }
+
+    /// The cache in which a cached kernel and agent are looked for; else the user's.
+    #[must_use]
+    pub fn assets(mut self, assets: Assets) -> Self {
+        self.assets = Some(assets);
+        self
+    }
+
+    /// The engine to run on; else the best that this host has.
+    #[must_use]
+    pub fn engine(mut self, engine: Arc<dyn Hypervisor>) -> Self {
+        self.engine = Some(engine);
+        self
+    }
+
+    /// How long the guest may take from its first instruction until its agent answers.
+    #[must_use]
+    pub fn boot_timeout(mut self, timeout: Duration) -> Self {
+        self.boot_timeout = timeout;
+        self
+    }
+
+    /// Let the kernel report its boot on the console. For debugging: it makes the boot slower.
+    #[must_use]
+    pub fn verbose_boot(mut self, verbose: bool) -> Self {
+        self.verbose_boot = verbose;
+        self
+    }
+
+    /// More for the end of the kernel's command line. For debugging.
+    #[must_use]
+    pub fn extra_cmdline(mut self, extra: impl Into<String>) -> Self {
+        self.extra_cmdline = extra.into();
+        self
+    }
+}
+
+/// What the guest runs from: a root filesystem image, and what its OCI configuration says about processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootImage {
+    /// The file with the read-only filesystem.
+    pub path: PathBuf,
+    /// The type of the filesystem, as the guest's `mount` knows it.
+    pub fs: String,
+    /// ENV.
+    pub env: Vec<(String, String)>,
+    /// WORKDIR.
+    pub workdir: String,
+    /// USER; root when absent.
+    pub user: Option<String>,
+}
+
+impl RootImage {
+    /// An EROFS image at `path`, with an empty OCI configuration.
+    #[must_use]
+    pub fn erofs(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), fs: "erofs".to_owned(), env: Vec::new(), workdir: "/".to_owned(), user: None }
+    }
+}

@@ -1,0 +1,127 @@
+//! A running microVM: start it, run commands in it, stop it.
+//!
+//! ```text
+//!   RootImage + VmConfig --start--> (boot, agent answers) --> Vm --exec--> ExecChild
+//!                                                              |
+//!                                          driver task owns the Machine
+//! ```
+//! It knows no registries and no layers: an image arrives as a file with a filesystem.
+
+pub mod assets;
+mod config;
+mod driver;
+mod error;
+mod start;
+
+pub use assets::Assets;
+pub use config::{Agent, Kernel, RootImage, VmConfig};
+pub use error::{ShutdownError, StartError, VmEnd};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::exec::ExecBuilder;
+use crate::exec::ExecChild;
+use crate::exec::ExecError;
+use crate::transport::Connector;
+use crate::vmm::console::Console;
+use driver::Command;
+use driver::DriverHandle;
+
+/// Lines of console output that an error carries.
+const CONSOLE_LINES: usize = 30;
+/// A processor notices that it shall stop within microseconds; this is for a host that hangs.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A running VM.
+///
+/// Dropping it stops the guest and does not wait for that: its memory is given back moments later.
+/// [`Vm::shutdown`] waits. What the guest wrote over its image is in its memory and goes with it.
+#[derive(Debug)]
+pub struct Vm {
+    driver: DriverHandle,
+    connector: Arc<dyn Connector>,
+    console: Console,
+}
+
+impl Vm {
+    /// Boots `root` as `config` says and waits until its agent answers.
+    ///
+    /// # Errors
+    /// [`StartError`], at the latest when the boot's time is up.
+    ///
+    /// # Cancel safety
+    /// Dropping the future stops what has been started.
+    pub async fn start(root: RootImage, config: VmConfig) -> Result<Self, StartError> {
+        let boot_timeout = config.boot_timeout;
+        let building = tokio::task::spawn_blocking(move || start::machine(&root, config));
+        let machine = match building.await {
+            Ok(machine) => machine?,
+            Err(join) => match join.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => return Err(StartError::Config("the runtime is shutting down")),
+            },
+        };
+        start::agent_ready(&machine, boot_timeout).await?;
+        let console = machine.console().clone();
+        let connector = Arc::new(machine.connector().clone());
+        Ok(Self { driver: driver::spawn(machine), connector, console })
+    }
+
+    /// Runs `argv` in the guest, with its input and outputs to be taken from the child.
+    ///
+    /// # Errors
+    /// [`ExecError`] when it could not be started.
+    ///
+    /// # Cancel safety
+    /// Cancelled, the process was started or not; if it was, it is killed.
+    pub async fn exec<S: Into<String>>(&self, argv: impl IntoIterator<Item = S>) -> Result<ExecChild, ExecError> {
+        self.exec_builder().argv(argv).spawn().await
+    }
+
+    /// Prepares a command to run in the guest.
+    pub fn exec_builder(&self) -> ExecBuilder {
+        ExecBuilder::new(Arc::clone(&self.connector))
+    }
+
+    /// Opens streams to the guest's vsock ports.
+    #[must_use]
+    pub fn connector(&self) -> Arc<dyn Connector> {
+        Arc::clone(&self.connector)
+    }
+
+    /// What the guest's kernel and agent wrote to the serial console.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// Stops the guest, as if its power was cut, and waits until it has. Of no effect when it has ended.
+    ///
+    /// # Errors
+    /// [`ShutdownError`] when its processor does not stop; that is a defect in the engine.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: the guest stops all the same.
+    pub async fn shutdown(&self) -> Result<(), ShutdownError> {
+        // Full: somebody asked already. Closed: it has ended.
+        let _ = self.driver.commands.try_send(Command::Stop);
+        match tokio::time::timeout(STOP_TIMEOUT, self.wait()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(ShutdownError { after: STOP_TIMEOUT }),
+        }
+    }
+
+    /// Waits for the guest's end, whatever it may be. The same answer each time.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn wait(&self) -> VmEnd {
+        let mut end = self.driver.end.clone();
+        match end.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(end)) => end.clone(),
+            // The driver's runtime was shut down around it, and the machine with it.
+            _ => VmEnd::Stopped,
+        }
+    }
+}
