@@ -92,6 +92,8 @@ impl Machine {
         self.poke(GDT + u64::from(TSS_SELECTOR), 0x0000_8900_0000_0067 | TSS << 16);
         self.poke(TSS + 4, RSP0);
         self.poke(TSS + 0x24, IST1);
+        // The I/O bitmap lies beyond the limit: there is none.
+        self.poke(TSS + 0x66, 0x68);
         for vector in 0..=255 {
             self.gate(vector, KERNEL_CS, 0x8e00);
         }

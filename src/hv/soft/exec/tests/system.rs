@@ -143,21 +143,19 @@ fn sdm_fs_loads_take_the_descriptors_base() {
 fn sdm_far_transfers() {
     let mut m = machine();
     m.cpu.regs[RBX] = DATA;
-    m.poke(DATA, 0x5_0000);
-    m.poke(DATA + 8, KERNEL_CS.into());
-    // CALL m16:64.
-    m.bytes(&[0x48, 0xff, 0x1b]).unwrap();
-    assert_eq!((m.cpu.rip, m.stack()), (0x5_0000, [CODE + 3, KERNEL_CS.into()]));
-    m.bytes(&[0x48, 0xcb]).unwrap();
-    assert_eq!((m.cpu.rip, m.cpu.regs[RSP]), (CODE + 3, STACK));
+    // CALL m16:32: the 64-bit form is not AMD's.
+    m.poke(DATA, 0x5_0000 | u64::from(KERNEL_CS) << 32);
+    m.bytes(&[0xff, 0x1b]).unwrap();
+    assert_eq!((m.cpu.rip, m.stack()), (0x5_0000, [CODE + 2 | u64::from(KERNEL_CS) << 32]));
+    m.bytes(&[0xcb]).unwrap();
+    assert_eq!((m.cpu.rip, m.cpu.regs[RSP]), (CODE + 2, STACK));
     for (n, value) in (0..).zip([0x6_0000, USER_CS.into(), 0x9990, u64::from(USER_SS)]) {
         m.poke(STACK + n * 8, value);
     }
     m.bytes(&[0x48, 0xcb]).unwrap();
     assert_eq!((m.cpu.rip, m.cpu.regs[RSP], m.cpu.cpl()), (0x6_0000, 0x9990, 3));
     m.cpu.rip = CODE;
-    m.cpu.segments[seg::CS].attributes |= 0;
-    assert_eq!(m.bytes(&[0x48, 0xff, 0x2b]), Err(Exception::general_protection(KERNEL_CS.into()).into()));
+    assert_eq!(m.bytes(&[0xff, 0x2b]), Err(Exception::general_protection(KERNEL_CS.into()).into()));
 }
 
 #[test]
@@ -252,8 +250,7 @@ fn sdm_19_5_2_io_permission_bitmap() {
     m.level(3);
     assert_eq!(m.fault(|a| a.in_(al, 0x60)), GP0);
     // A bitmap from 0x68 on that frees ports 0x60 and 0x61.
-    m.cpu.tr.limit = 0x68 + 0x20;
-    m.cpu.ram.store(TSS + 0x66, 0x68u16).unwrap();
+    m.cpu.tr.limit = 0x68 + 0x1f;
     m.cpu.ram.store(TSS + 0x68 + 0xc, 0xfcu8).unwrap();
     m.run(|a| a.in_(al, 0x60)).unwrap();
     assert_eq!(m.cpu.regs[RAX], 0x60);
