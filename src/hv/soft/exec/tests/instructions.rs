@@ -332,3 +332,27 @@ fn sdm_accumulator_extensions() {
     check("cqo", |a| a.cqo(), [1 << 63, 7, 0, 0], (1 << 63, u64::MAX), 0, ARITHMETIC);
     check("cdq", |a| a.cdq(), [0x8000_0000, u64::MAX, 0, 0], (0x8000_0000, 0xffff_ffff), 0, ARITHMETIC);
 }
+
+#[test]
+fn sdm_reserved_no_operations_do_nothing() {
+    for bytes in [
+        &[0x0f, 0x1a, 0xc0][..],
+        &[0x0f, 0x1b, 0xc0],
+        &[0x0f, 0x1c, 0x00],
+        &[0x0f, 0x1d, 0xc0],
+        &[0x0f, 0x1f, 0x44, 0x00, 0x00],
+        &[0x0f, 0x18, 0x38],
+        &[0x0f, 0x19, 0xc0],
+        &[0x0f, 0x0d, 0x08],
+        // RDSSPQ without shadow stacks, ENDBR64, PAUSE.
+        &[0xf3, 0x48, 0x0f, 0x1e, 0xc8],
+        &[0xf3, 0x0f, 0x1e, 0xfa],
+        &[0xf3, 0x90],
+    ] {
+        let mut m = machine();
+        // Where there is an address, it is not accessed.
+        m.cpu.regs[RAX] = 0x7000_0000;
+        assert_eq!(m.bytes(bytes), Ok(Flow::Next), "{bytes:x?}");
+        assert_eq!((m.cpu.rip, m.cpu.regs[RAX]), (CODE + bytes.len() as u64, 0x7000_0000));
+    }
+}

@@ -130,7 +130,7 @@ fn sdm_rep_with_a_zero_count_changes_nothing() {
 
 #[test]
 fn sdm_address_size_prefix_wraps_at_4_gib() {
-    let mut m = strings(7 << 32 | DATA, 7 << 32 | DATA + 8, 7 << 32 | 1);
+    let mut m = strings((7 << 32) + DATA, (7 << 32) + DATA + 8, (7 << 32) + 1);
     m.poke(DATA, 0x55);
     m.bytes(&[0x67, 0xf3, 0xa4]).unwrap();
     assert_eq!((m.peek(DATA + 8), registers(&m)), (0x55, (DATA + 1, DATA + 9, 0)));

@@ -146,7 +146,7 @@ fn sdm_far_transfers() {
     // CALL m16:32: the 64-bit form is not AMD's.
     m.poke(DATA, 0x5_0000 | u64::from(KERNEL_CS) << 32);
     m.bytes(&[0xff, 0x1b]).unwrap();
-    assert_eq!((m.cpu.rip, m.stack()), (0x5_0000, [CODE + 2 | u64::from(KERNEL_CS) << 32]));
+    assert_eq!((m.cpu.rip, m.stack()), (0x5_0000, [(u64::from(KERNEL_CS) << 32) + CODE + 2]));
     m.bytes(&[0xcb]).unwrap();
     assert_eq!((m.cpu.rip, m.cpu.regs[RSP]), (CODE + 2, STACK));
     for (n, value) in (0..).zip([0x6_0000, USER_CS.into(), 0x9990, u64::from(USER_SS)]) {
