@@ -90,11 +90,7 @@ impl Reference {
 
     /// The same repository, at exactly `digest`.
     pub(super) fn pinned(&self, digest: &Digest) -> oci_client::Reference {
-        oci_client::Reference::with_digest(
-            self.registry().to_owned(),
-            self.repository().to_owned(),
-            digest.to_string(),
-        )
+        oci_client::Reference::with_digest(self.registry().to_owned(), self.repository().to_owned(), digest.to_string())
     }
 }
 

@@ -82,9 +82,7 @@ impl RegistryAuth {
     fn to_oci(&self) -> oci_client::secrets::RegistryAuth {
         match self {
             Self::Anonymous => oci_client::secrets::RegistryAuth::Anonymous,
-            Self::Basic { user, password } => {
-                oci_client::secrets::RegistryAuth::Basic(user.clone(), password.clone())
-            }
+            Self::Basic { user, password } => oci_client::secrets::RegistryAuth::Basic(user.clone(), password.clone()),
         }
     }
 }
@@ -225,10 +223,8 @@ impl Pull<'_> {
         let digest = descriptor.digest.to_string();
         let request = self.client.pull_blob_stream(self.reference.as_oci(), digest.as_str());
         let body = self.step(&what, request).await?.map_err(|error| self.refused(&what, error))?;
-        let (store, expected) = (
-            self.store.clone(),
-            ExpectedBlob { what: what.clone(), digest: descriptor.digest, size: descriptor.size },
-        );
+        let (store, expected) =
+            (self.store.clone(), ExpectedBlob { what: what.clone(), digest: descriptor.digest, size: descriptor.size });
         let mut writer = run_blocking(move || Ok::<_, PullError>(BlobWriter::create(&store, expected)?)).await?;
         let mut body = body;
         loop {
@@ -237,11 +233,13 @@ impl Pull<'_> {
             let gathered = gathered.unwrap_or_else(|_| Err(PullError::Timeout { what: what.clone(), limit }));
             let more = match gathered {
                 Ok(more) => more,
-                Err(error) => return run_blocking(move || {
-                    writer.discard();
-                    Err(error)
-                })
-                .await,
+                Err(error) => {
+                    return run_blocking(move || {
+                        writer.discard();
+                        Err(error)
+                    })
+                    .await;
+                }
             };
             writer = run_blocking(move || Ok::<_, PullError>(writer.write(&chunk)?)).await?;
             if !more {

@@ -5,6 +5,7 @@
 //! the folder had, both as left by *lower* layers, in whatever order the archive lists them.
 //! A tar stream goes by once: metadata into the [`Tree`], content into the image under construction.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -12,7 +13,6 @@ use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
 use std::rc::Rc;
-use std::cell::Cell;
 
 use sha2::Digest as _;
 use sha2::Sha256;

@@ -219,7 +219,8 @@ fn meta(header: &Header, pax: PaxRecords) -> Result<Meta, LayerErrorKind> {
     let id = |value: u64| u32::try_from(value).map_err(|_| LayerErrorKind::Malformed("owner beyond 32 bits"));
     let uid = pax.uid.map_or_else(|| number(header.uid(), &old.uid), Ok)?;
     let gid = pax.gid.map_or_else(|| number(header.gid(), &old.gid), Ok)?;
-    let seconds = || number(header.mtime(), &old.mtime).map(|seconds| Time { seconds: seconds.cast_signed(), nanoseconds: 0 });
+    let seconds =
+        || number(header.mtime(), &old.mtime).map(|seconds| Time { seconds: seconds.cast_signed(), nanoseconds: 0 });
     Ok(Meta {
         mode: (number(header.mode(), &old.mode)? & 0o7777) as u16,
         uid: id(uid)?,

@@ -199,13 +199,7 @@ impl Tree {
     }
 
     /// Gives `node` a name, replacing what had it.
-    pub(super) fn link(
-        &mut self,
-        folder: NodeId,
-        name: &[u8],
-        node: NodeId,
-        layer: u32,
-    ) -> Result<(), LayerErrorKind> {
+    pub(super) fn link(&mut self, folder: NodeId, name: &[u8], node: NodeId, layer: u32) -> Result<(), LayerErrorKind> {
         self.charge(NAME_COST + name.len() as u64)?;
         let names = self.names_mut(folder).ok_or(LayerErrorKind::NotAFolder)?;
         names.insert(name.into(), Name { node, layer });

@@ -89,7 +89,8 @@ mod tests {
     fn decode(bytes: &[u8]) -> Vec<(Vec<u8>, u64)> {
         let mut found = Vec::new();
         for block in bytes.chunks(BLOCK) {
-            let offset = |index: usize| usize::from(u16::from_le_bytes([block[index * ENTRY + 8], block[index * ENTRY + 9]]));
+            let offset =
+                |index: usize| usize::from(u16::from_le_bytes([block[index * ENTRY + 8], block[index * ENTRY + 9]]));
             let count = offset(0) / ENTRY;
             for index in 0..count {
                 let name = match index + 1 < count {

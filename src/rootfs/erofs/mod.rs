@@ -83,9 +83,9 @@ impl<'a> BlockWriter<'a> {
 
     /// Writes exactly `size` bytes of `content`; returns the block they start at.
     pub(super) fn append(&mut self, content: &mut impl Read, size: u64) -> Result<u32, LayerErrorKind> {
-        let (start, end) = self.reserve(size).ok_or_else(|| {
-            LayerErrorKind::Limit { what: "blocks of content", limit: u64::from(u32::MAX) }
-        })?;
+        let (start, end) = self
+            .reserve(size)
+            .ok_or_else(|| LayerErrorKind::Limit { what: "blocks of content", limit: u64::from(u32::MAX) })?;
         let mut left = size;
         while left > 0 {
             let want = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
@@ -142,13 +142,8 @@ pub(super) fn finish(tree: &Tree, mut blocks: BlockWriter<'_>, uuid: [u8; 16]) -
     }
     blocks.pad(position)?;
     let (_, end) = blocks.reserve(position).ok_or(WriteError::FormatLimit)?;
-    let superblock = format::Superblock {
-        blocks: end,
-        inodes: plan.inodes.len() as u64,
-        meta_start,
-        root_nid: 0,
-        uuid,
-    };
+    let superblock =
+        format::Superblock { blocks: end, inodes: plan.inodes.len() as u64, meta_start, root_nid: 0, uuid };
     blocks.out.flush()?;
     let file = *blocks.out.get_ref();
     file.write_all_at(&superblock.encode(), 1024)?;
