@@ -157,12 +157,12 @@ async fn kill_ends_what_ignores_everything_else() {
 async fn a_background_process_that_holds_the_output_does_not_hold_the_exit() {
     let agent = Agent::start().await;
     let started = std::time::Instant::now();
-    let out = timeout(PATIENCE, agent.sh("setsid sleep 61.0451 & echo done").output()).await.expect("no hang");
-    assert_eq!(out.expect("runs").stdout, b"done\n");
+    let out = timeout(PATIENCE, agent.sh("setsid sleep 61.0451 & echo $!").output()).await.expect("no hang");
+    let pid = String::from_utf8(out.expect("runs").stdout).expect("a number");
     assert!(started.elapsed().as_secs() < 30);
     assert!(support::running("61.0451"), "an exec that ended by itself leaves its background processes");
-    let kill = agent.sh("kill $(pgrep -f '^sleep 61.0451$')").status().await.expect("runs");
-    assert!(kill.success());
+    assert!(agent.exec(["kill", pid.trim()]).status().await.expect("runs").success());
+    support::gone("61.0451").await;
 }
 
 #[tokio::test]
@@ -184,6 +184,44 @@ async fn hundred_sessions_at_once_do_not_mix() {
         assert_eq!(out.stdout, format!("line-{number} {number}\n").as_bytes());
         assert_eq!(out.status.code(), Some(number % 100));
     }
+}
+
+#[tokio::test]
+async fn five_hundred_live_sessions_and_a_thousand_in_a_row_leave_nothing_behind() {
+    let agent = Agent::start().await;
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("running").count();
+    let idle = descriptors();
+    let mut children = Vec::new();
+    for _ in 0..500 {
+        children.push(agent.exec(["cat"]).spawn().await.expect("spawns"));
+    }
+    for child in &mut children {
+        child.stdin.as_mut().expect("piped").write_all(b"x").await.expect("cat reads");
+    }
+    for child in &mut children {
+        let stdout = child.stdout.as_mut().expect("piped");
+        assert_eq!(timeout(PATIENCE, stdout.read_u8()).await.expect("no hang").expect("all are alive"), b'x');
+    }
+    for mut child in children {
+        assert!(timeout(PATIENCE, child.wait()).await.expect("no hang").expect("ends").success());
+    }
+    for _ in 0..1000 {
+        assert!(agent.exec(["true"]).status().await.expect("runs").success());
+    }
+    timeout(PATIENCE, async {
+        while descriptors() != idle {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .expect("every descriptor is closed again");
+}
+
+#[tokio::test]
+async fn the_limit_of_open_files_is_not_the_agents() {
+    let agent = Agent::start().await;
+    let limit = std::process::Command::new("sh").args(["-c", "ulimit -n; ulimit -Hn"]).output().expect("runs").stdout;
+    assert_eq!(agent.sh("ulimit -n; ulimit -Hn").output().await.expect("runs").stdout, limit);
 }
 
 #[tokio::test]

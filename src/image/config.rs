@@ -217,3 +217,66 @@ impl ImageConfig {
         serde_json::to_vec(&document).expect("texts and maps with text keys always serialise")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(config: &str) -> Result<ImageConfig, ConfigError> {
+        let document =
+            format!(r#"{{"architecture":"amd64","os":"linux","config":{config},"rootfs":{{"diff_ids":null}}}}"#);
+        ImageConfig::parse(document.as_bytes()).map(|(config, _)| config)
+    }
+
+    #[test]
+    fn nulls_and_absent_fields_are_empty() {
+        assert_eq!(parse("null").unwrap(), ImageConfig::default());
+        assert_eq!(parse(r#"{"Cmd":null,"Env":null,"Labels":null,"User":""}"#).unwrap(), ImageConfig::default());
+    }
+
+    #[test]
+    fn environment_entries_that_set_nothing_are_dropped() {
+        assert_eq!(parse(r#"{"Env":["A=","B","=c","D=e=f"]}"#).unwrap().env, ["A=", "D=e=f"]);
+    }
+
+    #[test]
+    fn what_no_process_could_receive_is_refused() {
+        assert!(matches!(parse(r#"{"Cmd":["a\u0000b"]}"#), Err(ConfigError::Nul { field: "cmd" })));
+        let long = "x".repeat(MAX_STRING);
+        assert!(matches!(parse(&format!(r#"{{"Env":["A={long}"]}}"#)), Err(ConfigError::TooLong { field: "env", .. })));
+        let many = vec![format!("\"{}\"", "x".repeat(1 << 16)); 40].join(",");
+        assert!(matches!(parse(&format!(r#"{{"Cmd":[{many}]}}"#)), Err(ConfigError::TooLong { field: "cmd", .. })));
+    }
+
+    #[test]
+    fn another_platform_is_refused() {
+        let document = br#"{"architecture":"arm64","os":"linux","rootfs":{"diff_ids":[]}}"#;
+        assert!(matches!(ImageConfig::parse(document), Err(ConfigError::Platform { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(
+            cmd in proptest::collection::vec("[^\0]{0,20}", 0..5),
+            user in proptest::option::of("[a-z]{1,9}"),
+            label in "\\PC{0,30}",
+        ) {
+            let mut config = ImageConfig { cmd, user, ..ImageConfig::default() };
+            config.labels.insert("label".into(), label);
+            let diff_ids = vec![Digest::of(b"layer")];
+            let (read, read_ids) = ImageConfig::parse(&config.to_json(&diff_ids)).unwrap();
+            prop_assert_eq!((read, read_ids), (config, diff_ids));
+        }
+
+        #[test]
+        fn damaged_configurations_are_parsed_or_refused(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let config = ImageConfig { cmd: vec!["a".into()], env: vec!["B=c".into()], ..ImageConfig::default() };
+            let mut bytes = config.to_json(&[Digest::of(b"")]);
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            let _ = ImageConfig::parse(&bytes);
+        }
+    }
+}

@@ -114,6 +114,10 @@ pub enum PullError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// No HTTP client could be set up, for want of trusted CA certificates as a rule (install the
+    /// distribution's `ca-certificates`); the client wants them for loopback registries as well.
+    #[error("no http client can be set up; are ca certificates installed?")]
+    HttpClient(#[source] Box<dyn Error + Send + Sync>),
     /// The connection failed or broke.
     #[error("connection to the registry failed while fetching {what}")]
     Network {

@@ -154,3 +154,54 @@ impl Resolved {
         Ok(Self::Image(manifest))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const EXAMPLE: &str = r#"{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json",
+        "digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":7},"layers":[
+        {"mediaType":"application/vnd.docker.image.rootfs.diff.tar.gzip","size":9,
+        "digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}]}"#;
+
+    fn entry(architecture: &str, variant: Option<&str>) -> Descriptor {
+        let platform =
+            Platform { architecture: architecture.into(), os: "linux".into(), variant: variant.map(Into::into) };
+        let digest = Digest::of(format!("{architecture}{variant:?}").as_bytes());
+        Descriptor { media_type: String::new(), digest, size: 1, platform: Some(platform), annotations: None }
+    }
+
+    #[test]
+    fn a_manifest_without_a_media_type_is_told_from_an_index_by_its_fields() {
+        assert!(matches!(Resolved::parse(EXAMPLE.as_bytes()), Ok(Resolved::Image(_))));
+        let index = br#"{"schemaVersion":2,"manifests":[]}"#;
+        assert!(matches!(Resolved::parse(index), Ok(Resolved::Index(_))));
+        let old = br#"{"schemaVersion":1,"fsLayers":[]}"#;
+        assert!(matches!(Resolved::parse(old), Err(ManifestError::SchemaVersion(1))));
+    }
+
+    #[test]
+    fn the_baseline_processor_is_chosen_among_its_levels() {
+        let index = Index { manifests: vec![entry("arm64", None), entry("amd64", Some("v3")), entry("amd64", None)] };
+        assert_eq!(index.choose().unwrap().digest, entry("amd64", None).digest);
+        let index = Index { manifests: vec![entry("amd64", Some("v3"))] };
+        assert!(matches!(index.choose(), Err(ManifestError::NoPlatform)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_parsed_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Resolved::parse(&bytes);
+        }
+
+        #[test]
+        fn damaged_manifests_are_parsed_or_refused(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let mut bytes = EXAMPLE.as_bytes().to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            let _ = Resolved::parse(&bytes);
+        }
+    }
+}

@@ -127,7 +127,6 @@ impl Image {
     }
 
     /// Starts the description of a pull.
-    #[must_use]
     pub fn builder(reference: impl Into<String>) -> OciImageBuilder {
         OciImageBuilder::new(reference.into())
     }

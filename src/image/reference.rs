@@ -121,3 +121,39 @@ impl fmt::Debug for Reference {
         self.inner.fmt(f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn is_loopback(text: &str) -> bool {
+        text.parse::<Reference>().unwrap().is_loopback()
+    }
+
+    #[test]
+    fn only_this_machine_is_spoken_to_in_plain_http() {
+        assert!(is_loopback("localhost:5000/x"));
+        assert!(is_loopback("localhost/x"));
+        assert!(is_loopback("127.0.0.1:5000/x"));
+        assert!(is_loopback("127.9.9.9/x"));
+        assert!(!is_loopback("localhost.example:5000/x"));
+        assert!(!is_loopback("127.0.0.1.example/x"));
+        assert!(!is_loopback("10.0.0.1:5000/x"));
+        assert!(!is_loopback("x/localhost"));
+    }
+
+    #[test]
+    fn a_digest_that_cannot_be_checked_is_refused() {
+        let sha512 = format!("x@sha512:{}", "0".repeat(128));
+        assert!(matches!(sha512.parse::<Reference>(), Err(ReferenceError::Digest { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_parsed_or_refused(text in "\\PC{0,80}") {
+            let _ = text.parse::<Reference>();
+        }
+    }
+}

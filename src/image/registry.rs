@@ -14,7 +14,6 @@ use std::io;
 use std::time::Duration;
 
 use futures::StreamExt;
-use futures::TryStreamExt;
 use futures::stream;
 use oci_client::Client;
 use oci_client::client::ClientConfig;
@@ -26,6 +25,7 @@ use oci_client::errors::OciErrorCode;
 use tokio::time::Instant;
 use tokio::time::timeout;
 use tokio::time::timeout_at;
+use tokio_util::sync::CancellationToken;
 
 use crate::image::Image;
 use crate::image::config::ImageConfig;
@@ -105,16 +105,13 @@ pub(super) async fn pull(
     step_timeout: Duration,
 ) -> Result<Image, PullError> {
     let client = client(reference, step_timeout)?;
-    let pull = Pull { client, reference, auth: auth.to_oci(), store, step_timeout };
+    let stop = CancellationToken::new();
+    let pull = Pull { client, reference, auth: auth.to_oci(), store, step_timeout, stop };
     let (digest, manifest) = pull.resolve().await?;
     let config = pull.config(&manifest).await?;
     // Parsed before the layers are fetched: an image that cannot run is not worth the transfer.
     let image = store.assemble(digest, &manifest, &config)?;
-    let layers = manifest.layers.iter().enumerate();
-    stream::iter(layers.map(|(index, layer)| pull.blob(format!("layer {index}"), layer)))
-        .buffer_unordered(PARALLEL_BLOBS)
-        .try_collect::<()>()
-        .await?;
+    pull.layers(&manifest).await?;
     tracing::debug!(%digest, layers = manifest.layers.len(), "pulled");
     Ok(image)
 }
@@ -135,8 +132,7 @@ fn client(reference: &Reference, step_timeout: Duration) -> Result<Client, PullE
         user_agent: concat!("kiln/", env!("CARGO_PKG_VERSION")),
         ..ClientConfig::default()
     };
-    Client::try_from(config)
-        .map_err(|error| PullError::Network { what: "the http client".to_owned(), source: error.into() })
+    Client::try_from(config).map_err(|error| PullError::HttpClient(error.into()))
 }
 
 struct Pull<'a> {
@@ -145,9 +141,26 @@ struct Pull<'a> {
     auth: oci_client::secrets::RegistryAuth,
     store: &'a ImageStore,
     step_timeout: Duration,
+    /// Set when one blob has failed, so that the others end and clean up.
+    stop: CancellationToken,
 }
 
 impl Pull<'_> {
+    /// Fetches the layers. After a failure the other transfers are stopped and waited for, not
+    /// dropped: when the error is returned, what they had written is gone.
+    async fn layers(&self, manifest: &Manifest) -> Result<(), PullError> {
+        let layers = manifest.layers.iter().enumerate().map(|(index, layer)| async move {
+            let result = self.blob(format!("layer {index}"), layer).await;
+            if result.is_err() {
+                self.stop.cancel();
+            }
+            result
+        });
+        // In the order they end, so the first error is the one that stopped the rest.
+        let results: Vec<_> = stream::iter(layers).buffer_unordered(PARALLEL_BLOBS).collect().await;
+        results.into_iter().collect()
+    }
+
     /// Follows the reference through indexes to an image manifest, which ends up in the store.
     async fn resolve(&self) -> Result<(Digest, Manifest), PullError> {
         let mut reference = self.reference.as_oci().clone();
@@ -264,7 +277,15 @@ impl Pull<'_> {
 
     async fn step<T>(&self, what: &str, step: impl Future<Output = T>) -> Result<T, PullError> {
         let limit = self.step_timeout;
-        timeout(limit, step).await.map_err(|_| PullError::Timeout { what: what.to_owned(), limit })
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {
+                Err(PullError::Network { what: what.to_owned(), source: "stopped, as another blob failed".into() })
+            }
+            result = timeout(limit, step) => {
+                result.map_err(|_| PullError::Timeout { what: what.to_owned(), limit })
+            }
+        }
     }
 
     /// Sorts the client's error into what a caller can act on.

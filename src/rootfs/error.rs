@@ -37,11 +37,9 @@ pub enum LayerErrorKind {
     #[error("malformed archive: {0}")]
     Malformed(&'static str),
     /// The uncompressed archive is not the one that the image's configuration names.
-    #[error("the uncompressed archive has digest {found}, expected {expected}")]
+    #[error("the uncompressed archive has digest {found}, not the layer's diff_id")]
     DiffIdMismatch {
-        /// The configuration's `diff_id`.
-        expected: Digest,
-        /// The digest of the archive.
+        /// The digest of the archive; the expected one is [`Layer::diff_id`](crate::image::Layer::diff_id).
         found: Digest,
     },
     /// A name starts with `/`.

@@ -92,7 +92,7 @@ impl<'a> Applier<'a> {
         let archive = reader.drain().map_err(|kind| fail(None, kind))?.into_inner();
         let found = Digest::from_hasher(archive.hasher);
         if found != *layer.diff_id() {
-            return Err(fail(None, LayerErrorKind::DiffIdMismatch { expected: *layer.diff_id(), found }));
+            return Err(fail(None, LayerErrorKind::DiffIdMismatch { found }));
         }
         self.layer += 1;
         Ok(())

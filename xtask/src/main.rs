@@ -1,2 +1,59 @@
-//! Build and development tasks.
-fn main() {}
+//! `cargo xtask`: kiln's build and development tasks, and the only script language of this repository.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its terminal")]
+
+mod agent;
+mod busybox_image;
+mod cache;
+mod kernel;
+mod packages;
+mod process;
+mod test;
+mod workspace;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use clap::Subcommand;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "kiln's build and development tasks")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build the guest kernel, or find it in the cache.
+    Kernel {
+        /// An unpacked Linux 6.12 tree to use in place of Debian's linux-source-6.12 package.
+        #[arg(long, value_name = "DIR")]
+        source: Option<PathBuf>,
+    },
+    /// Build the static guest agent and install it into the cache.
+    Agent,
+    /// Make an OCI layout of the distribution's busybox, the image of the demo and the benchmarks.
+    BusyboxImage,
+    /// Install and build whatever the tests need, then run all of them.
+    Test,
+    /// Run what continuous integration runs.
+    Ci,
+}
+
+fn main() -> Result<()> {
+    match Args::parse().task {
+        Task::Kernel { source } => {
+            let kernel = kernel::ensure(source.as_deref())?;
+            println!("{}", kernel.display());
+        }
+        Task::Agent => {
+            let agent = agent::ensure()?;
+            println!("{}", agent.display());
+        }
+        Task::BusyboxImage => println!("{}", busybox_image::ensure()?.display()),
+        Task::Test => test::run()?,
+        Task::Ci => process::run(&mut workspace::ci_script())?,
+    }
+    Ok(())
+}

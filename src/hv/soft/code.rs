@@ -39,8 +39,7 @@ pub(super) struct CodeCache {
 impl CodeCache {
     pub(super) fn new() -> Self {
         let translator = Translator::new();
-        let mut cache =
-            Self { arena: Vec::new(), blocks: HashMap::default(), pages: HashMap::default(), translator };
+        let mut cache = Self { arena: Vec::new(), blocks: HashMap::default(), pages: HashMap::default(), translator };
         cache.arena.push(unreachable_op());
         cache
     }
@@ -107,7 +106,13 @@ impl CodeCache {
             if overlaps {
                 blocks.remove(&extent.start);
                 if let Some(op) = arena.get_mut(extent.op as usize) {
-                    *op = Op { run: branch::forward, link: UNLINKED, misc: 1, at: (extent.start % PAGE_SIZE) as u16, ..*op };
+                    *op = Op {
+                        run: branch::forward,
+                        link: UNLINKED,
+                        misc: 1,
+                        at: (extent.start % PAGE_SIZE) as u16,
+                        ..*op
+                    };
                 }
             }
             !overlaps

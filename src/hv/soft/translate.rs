@@ -97,8 +97,8 @@ impl Translator {
         let mut needed = true;
         for (insn, live) in self.insns.iter().zip(&mut live).rev() {
             *live = needed;
-            let written = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set() | insn.rflags_undefined())
-                & ALL;
+            let written =
+                (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set() | insn.rflags_undefined()) & ALL;
             // A shift by CL may write nothing.
             let certain = !matches!(insn.op1_register(), Register::CL);
             if written == ALL && certain {
@@ -189,7 +189,9 @@ fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
         | Mnemonic::Xor
         | Mnemonic::Test => arithmetic(insn, flags),
         Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Neg | Mnemonic::Not => unary(insn, flags),
-        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol | Mnemonic::Ror => shift(insn, flags),
+        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol | Mnemonic::Ror => {
+            shift(insn, flags)
+        }
         Mnemonic::Imul => imul(insn, flags),
         Mnemonic::Nop | Mnemonic::Endbr64 => Some(blank(data::nop)),
         _ => by_code(insn).or_else(|| by_condition(insn)).or_else(|| sse_move(insn)).or_else(|| sse_logic(insn)),
@@ -200,8 +202,7 @@ fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
 fn register(insn: &Instruction, n: u32) -> Option<u8> {
     let register = insn.op_register(n);
     let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
-    (insn.op_kind(n) == OpKind::Register && register.is_gpr() && !high)
-        .then(|| register.full_register().number() as u8)
+    (insn.op_kind(n) == OpKind::Register && register.is_gpr() && !high).then(|| register.full_register().number() as u8)
 }
 
 fn is_memory(insn: &Instruction, n: u32) -> bool {

@@ -315,18 +315,18 @@ mod tests {
         let line = ioapic.line(Gsi(5)).unwrap();
         line.raise();
         program(&ioapic, 5, 0x31, 1);
-        assert_eq!(delivered(&ioapic, 1), []);
+        assert_eq!(delivered(&ioapic, 1), [(0u8, false); 0]);
         line.raise();
         assert_eq!(delivered(&ioapic, 1), [(0x31, false)]);
         line.set_level(true);
         line.set_level(true);
         assert_eq!(delivered(&ioapic, 1), [(0x31, false)]);
         line.set_level(true);
-        assert_eq!(delivered(&ioapic, 1), [], "only a rising edge counts");
+        assert_eq!(delivered(&ioapic, 1), [(0u8, false); 0], "only a rising edge counts");
         line.set_level(false);
         line.set_level(true);
         assert_eq!(delivered(&ioapic, 1), [(0x31, false)]);
-        assert_eq!(delivered(&ioapic, 0), []);
+        assert_eq!(delivered(&ioapic, 0), [(0u8, false); 0]);
     }
 
     #[test]
@@ -338,14 +338,14 @@ mod tests {
         assert_eq!(delivered(&ioapic, 0), [(0x41, true)]);
         assert_eq!(read(&ioapic, 0x22), 0x41 | (LEVEL | REMOTE_IRR) as u32);
         line.set_level(true);
-        assert_eq!(delivered(&ioapic, 0), [], "in service");
+        assert_eq!(delivered(&ioapic, 0), [(0u8, false); 0], "in service");
         ioapic.eoi(0x42);
-        assert_eq!(delivered(&ioapic, 0), [], "another vector's EOI");
+        assert_eq!(delivered(&ioapic, 0), [(0u8, false); 0], "another vector's EOI");
         ioapic.eoi(0x41);
         assert_eq!(delivered(&ioapic, 0), [(0x41, true)]);
         line.set_level(false);
         ioapic.eoi(0x41);
-        assert_eq!(delivered(&ioapic, 0), []);
+        assert_eq!(delivered(&ioapic, 0), [(0u8, false); 0]);
         assert_eq!(read(&ioapic, 0x22), 0x41 | LEVEL as u32);
     }
 
@@ -355,7 +355,7 @@ mod tests {
         let line = ioapic.line(Gsi(9)).unwrap();
         program(&ioapic, 9, 0x41 | (LEVEL | MASKED) as u32, 0);
         line.set_level(true);
-        assert_eq!(delivered(&ioapic, 0), []);
+        assert_eq!(delivered(&ioapic, 0), [(0u8, false); 0]);
         program(&ioapic, 9, 0x41 | LEVEL as u32, 0);
         assert_eq!(delivered(&ioapic, 0), [(0x41, true)]);
     }
@@ -371,7 +371,7 @@ mod tests {
         ioapic.eoi(0x41);
         assert_eq!(delivered(&ioapic, 0), [(0x41, true)]);
         ioapic.eoi(0x41);
-        assert_eq!(delivered(&ioapic, 0), []);
+        assert_eq!(delivered(&ioapic, 0), [(0u8, false); 0]);
     }
 
     #[test]

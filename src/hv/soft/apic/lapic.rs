@@ -594,7 +594,7 @@ impl Lapic {
 }
 
 fn register_at(offset: u64) -> Option<u32> {
-    (offset % 16 == 0).then_some((offset / 16) as u32).filter(|index| *index < SELF_IPI)
+    offset.is_multiple_of(16).then_some((offset / 16) as u32)
 }
 
 fn highest(words: &[u32; 8]) -> Option<u8> {

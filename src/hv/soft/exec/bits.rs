@@ -4,6 +4,7 @@ use iced_x86::{Instruction, OpKind, Register};
 
 use crate::hv::soft::cpu::Cpu;
 use crate::hv::soft::fault::{Flow, Stop};
+use crate::hv::soft::flags;
 use crate::hv::soft::flags::sext;
 use crate::hv::soft::operand::{operand_bits, segment_fault};
 
@@ -68,12 +69,7 @@ fn bit_string(
     Ok(Flow::Next)
 }
 
-fn bit_at<T: crate::mem::Scalar>(
-    cpu: &mut Cpu,
-    address: u64,
-    bit: u64,
-    change: Option<Change>,
-) -> Result<bool, Stop> {
+fn bit_at<T: crate::mem::Scalar>(cpu: &mut Cpu, address: u64, bit: u64, change: Option<Change>) -> Result<bool, Stop> {
     let value = match change {
         None => cpu.read::<T>(address)?.widen() as u64,
         Some(change) => {
@@ -102,13 +98,16 @@ pub(super) fn bsr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     scan(cpu, insn, |value| 63 - value.leading_zeros())
 }
 
-/// A scan of zero leaves the destination as it was, all 64 bits of it.
+/// A scan of zero leaves the destination as it was, all 64 bits of it. ZF alone is defined; silicon makes PF that
+/// of the index and clears the others.
 fn scan(cpu: &mut Cpu, insn: &Instruction, find: fn(u64) -> u32) -> Result<Flow, Stop> {
     let value = cpu.operand(insn, 1)?;
+    let index = if value == 0 { 0 } else { find(value) };
     if value != 0 {
-        cpu.set_register(insn.op0_register(), find(value).into());
+        cpu.set_register(insn.op0_register(), index.into());
     }
-    cpu.flags.set_zf(value == 0);
+    let parity = if index.count_ones().is_multiple_of(2) { flags::PF } else { 0 };
+    cpu.flags.set_rflags(parity | if value == 0 { flags::ZF } else { 0 });
     Ok(Flow::Next)
 }
 

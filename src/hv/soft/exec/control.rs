@@ -10,27 +10,11 @@ use crate::hv::soft::flags;
 
 use super::{Executor, mask};
 
-const CR0_KNOWN: u64 = cr0::PE
-    | cr0::MP
-    | cr0::EM
-    | cr0::TS
-    | cr0::ET
-    | cr0::NE
-    | cr0::WP
-    | cr0::AM
-    | cr0::NW
-    | cr0::CD
-    | cr0::PG;
+const CR0_KNOWN: u64 =
+    cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 
-const CR4_KNOWN: u64 = cr4::TSD
-    | cr4::DE
-    | cr4::PSE
-    | cr4::PAE
-    | cr4::MCE
-    | cr4::PGE
-    | cr4::PCE
-    | cr4::OSFXSR
-    | cr4::OSXMMEXCPT;
+const CR4_KNOWN: u64 =
+    cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 
 /// Physical addresses have 40 bits.
 const CR3_RESERVED: u64 = !mask(40);
@@ -41,10 +25,7 @@ fn gp0() -> Stop {
 
 /// Whether a CR0 value makes sense in long mode, which cannot be left from 64-bit code.
 pub(super) fn is_valid_cr0(value: u64) -> bool {
-    value >> 32 == 0
-        && value & cr0::PG != 0
-        && value & cr0::PE != 0
-        && !(value & cr0::NW != 0 && value & cr0::CD == 0)
+    value >> 32 == 0 && value & cr0::PG != 0 && value & cr0::PE != 0 && !(value & cr0::NW != 0 && value & cr0::CD == 0)
 }
 
 pub(super) fn is_valid_cr3(value: u64) -> bool {
@@ -105,8 +86,9 @@ impl Cpu {
 pub(super) fn control_register(insn: &Instruction) -> Option<Executor> {
     let (executor, register): (Executor, Register) =
         if insn.op0_register().is_cr() { (mov_to, insn.op0_register()) } else { (mov_from, insn.op1_register()) };
-    matches!(register, Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8)
-        .then_some(executor)
+    let known = matches!(register, Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8);
+    // A LOCK prefix names CR8 on some processors, which CPUID would say.
+    (known && !insn.has_lock_prefix()).then_some(executor)
 }
 
 fn mov_to(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {

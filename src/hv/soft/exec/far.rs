@@ -42,11 +42,8 @@ impl Cpu {
             return Err(if descriptor.kind() == 0xc { Stop::Unimplemented("call gate") } else { gp(selector) });
         }
         let (cpl, rpl) = (self.cpl(), selector as u8 & 3);
-        let allowed = if descriptor.is_conforming() {
-            descriptor.dpl() <= cpl
-        } else {
-            rpl <= cpl && descriptor.dpl() == cpl
-        };
+        let allowed =
+            if descriptor.is_conforming() { descriptor.dpl() <= cpl } else { rpl <= cpl && descriptor.dpl() == cpl };
         if !allowed || (descriptor.is_long() && descriptor.is_default_32()) {
             return Err(gp(selector));
         }
@@ -68,8 +65,7 @@ impl Cpu {
         let descriptor = self.descriptor(selector)?.ok_or_else(|| gp(selector))?;
         let rpl = selector as u8 & 3;
         let level = if descriptor.is_conforming() { descriptor.dpl() <= rpl } else { descriptor.dpl() == rpl };
-        if !descriptor.is_code() || rpl < self.cpl() || !level || (descriptor.is_long() && descriptor.is_default_32())
-        {
+        if !descriptor.is_code() || rpl < self.cpl() || !level || (descriptor.is_long() && descriptor.is_default_32()) {
             return Err(gp(selector));
         }
         if !descriptor.is_present() {

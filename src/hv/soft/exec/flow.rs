@@ -1,6 +1,6 @@
 //! Near control transfers, software interrupts, SYSCALL and SYSRET.
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use crate::hv::soft::cpu::{Cpu, efer, is_canonical, seg, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
@@ -21,9 +21,11 @@ impl Cpu {
         Ok(Flow::Jump)
     }
 
+    /// An operand-size prefix cuts a near branch's target to 16 bits, as AMD's processors have it.
     fn near_target(&mut self, insn: &Instruction) -> Result<u64, Stop> {
         match insn.op0_kind() {
             OpKind::Register | OpKind::Memory => self.operand(insn, 0),
+            OpKind::NearBranch16 => Ok(self.branch_target(insn) & mask(16)),
             _ => Ok(self.branch_target(insn)),
         }
     }
@@ -34,8 +36,7 @@ pub(super) fn nop(_: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
 }
 
 pub(super) fn jmp(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    let target = cpu.near_target(insn)?;
-    cpu.jump(target)
+    branch(cpu, insn)
 }
 
 pub(super) fn call(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
@@ -44,20 +45,26 @@ pub(super) fn call(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     if !is_canonical(target) {
         return Err(Exception::general_protection(0).into());
     }
-    cpu.push64(back)?;
+    cpu.push_sized(back, insn.stack_pointer_increment().unsigned_abs().into())?;
     cpu.jump(target)
 }
 
 pub(super) fn ret(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    let target = cpu.peek64(0)?;
+    let bytes = if matches!(insn.code(), Code::Retnw | Code::Retnw_imm16) { 2 } else { 8 };
+    let target = cpu.peek_sized(0, bytes)?;
     let flow = cpu.jump(target)?;
     let drop = if insn.op_count() == 1 { u64::from(insn.immediate16()) } else { 0 };
-    cpu.regs[slot::RSP] = cpu.regs[slot::RSP].wrapping_add(8 + drop);
+    cpu.regs[slot::RSP] = cpu.regs[slot::RSP].wrapping_add(bytes + drop);
     Ok(flow)
 }
 
+fn branch(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    let target = cpu.near_target(insn)?;
+    cpu.jump(target)
+}
+
 pub(super) fn jcc(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    if condition(cpu, insn) { cpu.jump(cpu.branch_target(insn)) } else { Ok(Flow::Next) }
+    if condition(cpu, insn) { branch(cpu, insn) } else { Ok(Flow::Next) }
 }
 
 /// The count register's width: ECX with an address-size prefix.
@@ -65,6 +72,7 @@ fn count_bits(insn: &Instruction) -> u32 {
     use iced_x86::Code as C;
     match insn.code() {
         C::Loop_rel8_64_ECX | C::Loope_rel8_64_ECX | C::Loopne_rel8_64_ECX | C::Jecxz_rel8_64 => 32,
+        C::Loop_rel8_16_ECX | C::Loope_rel8_16_ECX | C::Loopne_rel8_16_ECX | C::Jecxz_rel8_16 => 32,
         _ => 64,
     }
 }
@@ -78,17 +86,13 @@ pub(super) fn loops(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
             Mnemonic::Loopne => !cpu.flags.zf(),
             _ => true,
         };
-    let flow = if again { cpu.jump(cpu.branch_target(insn))? } else { Flow::Next };
+    let flow = if again { branch(cpu, insn)? } else { Flow::Next };
     cpu.set_low(slot::RCX, bits, count);
     Ok(flow)
 }
 
 pub(super) fn jrcxz(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    if cpu.regs[slot::RCX] & mask(count_bits(insn)) == 0 {
-        cpu.jump(cpu.branch_target(insn))
-    } else {
-        Ok(Flow::Next)
-    }
+    if cpu.regs[slot::RCX] & mask(count_bits(insn)) == 0 { cpu.jump(cpu.branch_target(insn)) } else { Ok(Flow::Next) }
 }
 
 /// INT3, INT n and INT1: traps, so the frame's RIP is after the instruction.
@@ -96,7 +100,7 @@ pub(super) fn int(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let (vector, source) = match insn.mnemonic() {
         Mnemonic::Int3 => (3, Source::Software),
         // Privileged in name only: it skips the gate's DPL check.
-        Mnemonic::Int1 => (1, Source::Event),
+        Mnemonic::Int1 => (1, Source::Exception),
         _ => (insn.immediate8(), Source::Software),
     };
     cpu.enter_gate(vector, None, source)?;

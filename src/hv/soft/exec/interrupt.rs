@@ -7,22 +7,21 @@ use crate::hv::soft::flags;
 
 use super::segment::{is_null, null_stack};
 
-/// Where an interrupt comes from.
+/// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Source {
-    /// Outside the program, or an exception: error codes made on the way say so (EXT).
-    Event,
+pub(in crate::hv::soft) enum Source {
+    /// Outside the program.
+    External,
+    /// An exception.
+    Exception,
     /// INT n and INT3: the gate's DPL is checked.
     Software,
 }
 
-/// How delivering an event ended.
+/// Why no handler could be entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub(in crate::hv::soft) enum Delivery {
-    /// The handler is about to run.
-    Done,
-    /// The double fault's handler could not be entered: the processor shuts down.
+pub(in crate::hv::soft) enum Shutdown {
+    /// Not even the double fault's: the processor stops.
     TripleFault,
     /// The engine cannot do what delivery needs.
     Unimplemented(&'static str),
@@ -46,66 +45,50 @@ const fn class(vector: u8) -> Class {
     }
 }
 
-/// DR6 as single stepping leaves it.
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 const DR7_GENERAL_DETECT: u64 = 1 << 13;
 
 impl Cpu {
-    /// Delivers an exception: `rip` must be what its frame shall hold.
-    pub(in crate::hv::soft) fn deliver_exception(&mut self, exception: Exception) -> Delivery {
-        let mut current = exception;
+    /// Delivers an event, and whatever faults that meets on the way. `rip` must be what the frame shall hold.
+    ///
+    /// # Errors
+    /// [`Shutdown`]; the state is then that before, but for CR2.
+    pub(in crate::hv::soft) fn deliver(&mut self, event: Exception, source: Source) -> Result<(), Shutdown> {
+        let (mut current, mut source) = (event, source);
         loop {
-            let rflags = self.rflags();
+            let before = self.system_flags;
             if let Some(address) = current.cr2 {
                 self.control.cr2 = address;
             }
-            if is_fault(current.vector) {
+            if source == Source::Exception && is_fault(current.vector) {
                 // The handler's return must not meet an instruction breakpoint again.
                 self.system_flags |= flags::RF;
             }
-            let entered = self.enter_gate(current.vector, current.error, Source::Event);
-            let second = match entered {
-                Ok(()) => return Delivery::Done,
+            let second = match self.enter_gate(current.vector, current.error, source) {
+                Ok(()) => return Ok(()),
                 Err(Stop::Unimplemented(what)) => {
-                    self.set_rflags(rflags);
-                    return Delivery::Unimplemented(what);
+                    self.system_flags = before;
+                    return Err(Shutdown::Unimplemented(what));
                 }
                 Err(Stop::Fault(second)) => second,
             };
-            self.set_rflags(rflags);
-            current = match (class(current.vector), class(second.vector)) {
-                (Class::DoubleFault, _) => return Delivery::TripleFault,
+            self.system_flags = before;
+            // An interrupt is benign: the fault that stops it is served in its place.
+            let first = if source == Source::Exception { class(current.vector) } else { Class::Benign };
+            current = match (first, class(second.vector)) {
+                (Class::DoubleFault, _) => return Err(Shutdown::TripleFault),
                 (Class::Contributory, Class::Contributory)
                 | (Class::PageFault, Class::Contributory | Class::PageFault) => {
-                    if let Some(address) = second.cr2 {
-                        self.control.cr2 = address;
-                    }
-                    Exception::DOUBLE
+                    Exception { cr2: second.cr2, ..Exception::DOUBLE }
                 }
                 _ => second,
             };
+            source = Source::Exception;
         }
-    }
-
-    /// Delivers an interrupt from outside, which RFLAGS.IF and the shadow allow.
-    pub(in crate::hv::soft) fn deliver_interrupt(&mut self, vector: u8) -> Delivery {
-        match self.enter_gate(vector, None, Source::Event) {
-            Ok(()) => Delivery::Done,
-            Err(Stop::Unimplemented(what)) => Delivery::Unimplemented(what),
-            // An interrupt is benign: what stops it is served in its place, and the interrupt is lost.
-            Err(Stop::Fault(exception)) => self.deliver_exception(exception),
-        }
-    }
-
-    /// Delivers the trap that ends an instruction under RFLAGS.TF.
-    pub(in crate::hv::soft) fn deliver_single_step(&mut self) -> Delivery {
-        self.dr[4] |= DR6_SINGLE_STEP;
-        self.deliver_exception(Exception::DEBUG)
     }
 
     /// Enters a handler through its gate, with `rip` as the return address. Changes nothing on error.
     pub(super) fn enter_gate(&mut self, vector: u8, error: Option<u32>, source: Source) -> Result<(), Stop> {
-        let external = u32::from(source == Source::Event);
+        let external = u32::from(source != Source::Software);
         let gate = self.gate(vector, source, external)?;
         let selector = gate.selector;
         if is_null(selector) {
@@ -134,8 +117,7 @@ impl Cpu {
         self.regs[slot::RSP] = sp;
         self.segments[seg::CS] = code.segment(selector & !3 | u16::from(level));
         // The attributes must show the level the code runs at, which a conforming segment does not give.
-        self.segments[seg::CS].attributes =
-            self.segments[seg::CS].attributes & !(3 << 5) | u16::from(level) << 5;
+        self.segments[seg::CS].attributes = self.segments[seg::CS].attributes & !(3 << 5) | u16::from(level) << 5;
         if inward {
             self.segments[seg::SS] = null_stack(level);
         }

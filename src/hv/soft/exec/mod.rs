@@ -20,8 +20,6 @@ mod stack;
 mod state;
 mod string;
 mod system_segment;
-#[cfg(test)]
-mod tests;
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
@@ -30,7 +28,7 @@ use super::fault::{Flow, Stop};
 use super::flags::Flags;
 use super::operand::operand_bits;
 
-pub(super) use interrupt::Delivery;
+pub(super) use interrupt::{Shutdown, Source};
 
 /// Executes one instruction. `Cpu::rip` is already that of the next one; a branch replaces it.
 pub(super) type Executor = fn(&mut Cpu, &Instruction) -> Result<Flow, Stop>;
@@ -101,7 +99,7 @@ fn general(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Xlatb => moves::xlat,
         Mnemonic::Lahf => moves::lahf,
         Mnemonic::Sahf => moves::sahf,
-        Mnemonic::Push => return push(insn),
+        Mnemonic::Push => stack::push,
         Mnemonic::Pop => return pop(insn),
         Mnemonic::Pushf | Mnemonic::Pushfq => stack::pushf,
         Mnemonic::Popf | Mnemonic::Popfq => stack::popf,
@@ -217,10 +215,6 @@ fn mov(insn: &Instruction) -> Option<Executor> {
     } else {
         moves::mov
     })
-}
-
-fn push(insn: &Instruction) -> Option<Executor> {
-    if insn.op0_register() == Register::CS { None } else { Some(stack::push) }
 }
 
 fn pop(insn: &Instruction) -> Option<Executor> {

@@ -66,8 +66,12 @@ pub(super) fn cmpxchg(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let accumulator = cpu.regs[slot::RAX] & mask(bits);
     let new = cpu.register(insn.op1_register());
     let equal = old == accumulator;
-    // The destination is written either way.
-    cpu.set_operand(insn, 0, if equal { new } else { old })?;
+    if equal {
+        cpu.set_operand(insn, 0, new)?;
+    } else if insn.op0_register() == Register::None {
+        // Memory is written either way; a register keeps even its upper half.
+        cpu.set_operand(insn, 0, old)?;
+    }
     if !equal {
         cpu.set_low(slot::RAX, bits, old);
     }

@@ -4,6 +4,7 @@ use iced_x86::Instruction;
 
 use crate::hv::soft::cpu::{Cpu, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
+use crate::hv::soft::flags;
 use crate::hv::soft::flags::sext;
 use crate::hv::soft::operand::operand_bits;
 
@@ -39,10 +40,16 @@ impl Cpu {
         };
     }
 
-    /// CF and OF say that the upper half is significant; the other flags are undefined.
+    /// CF and OF say that the upper half is significant; the other flags are undefined, and stay.
     fn multiplied(&mut self, overflow: bool) {
         self.flags.set_cf(overflow);
         self.flags.set_of(overflow);
+    }
+
+    /// All flags are undefined; AMD's silicon keeps CF and OF, sets AF and clears the others.
+    fn divided(&mut self) {
+        let kept = self.flags.rflags() & (flags::CF | flags::OF);
+        self.flags.set_rflags(kept | flags::AF);
     }
 }
 
@@ -86,6 +93,7 @@ pub(super) fn div(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         return Err(Exception::DIVIDE.into());
     }
     cpu.set_double_accumulator(bits, quotient as u64, (dividend % divisor) as u64);
+    cpu.divided();
     Ok(Flow::Next)
 }
 
@@ -100,5 +108,6 @@ pub(super) fn idiv(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         return Err(Exception::DIVIDE.into());
     }
     cpu.set_double_accumulator(bits, quotient as u64, (dividend % divisor) as u64);
+    cpu.divided();
     Ok(Flow::Next)
 }

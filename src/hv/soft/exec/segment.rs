@@ -183,13 +183,7 @@ impl Cpu {
 
 /// SS holding a null selector: 64-bit mode uses it all the same, at the level it names.
 pub(super) fn null_stack(cpl: u8) -> Segment {
-    Segment {
-        selector: cpl.into(),
-        base: 0,
-        limit: u32::MAX,
-        attributes: 0xc093 | u16::from(cpl) << 5,
-        unusable: true,
-    }
+    Segment { selector: cpl.into(), base: 0, limit: u32::MAX, attributes: 0xc093 | u16::from(cpl) << 5, unusable: true }
 }
 
 /// After a change of SS no interrupt comes before the next instruction is done, which sets RSP.

@@ -107,13 +107,14 @@ pub(super) fn rcr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 pub(super) fn shld(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let fill = cpu.operand(insn, 1)?;
     shift(cpu, insn, 2, |flags, a, bits, count| {
-        // A count past 16 bits goes round: the destination follows the source.
-        let wide = u128::from(a) << bits | u128::from(fill);
-        let wide = if bits == 16 { wide << 16 | u128::from(a) } else { wide };
-        let width = if bits == 16 { 48 } else { 2 * bits };
-        let result = (wide << count >> (width - bits)) as u64 & mask(bits);
-        let cf = wide >> (width - count) & 1 != 0;
-        flags.result_cf_of(result, bits, cf, top(result, bits) != top(a, bits));
+        let result = if count > bits {
+            // Undefined with 16 bits: the source follows itself, and CF and OF are clear.
+            rotate_left(fill, bits, count - bits)
+        } else {
+            ((u128::from(a) << bits | u128::from(fill)) << count >> bits) as u64 & mask(bits)
+        };
+        let cf = count <= bits && a >> (bits - count) & 1 != 0;
+        flags.result_cf_of(result, bits, cf, count <= bits && top(result, bits) != cf);
         result
     })
 }
@@ -121,11 +122,13 @@ pub(super) fn shld(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 pub(super) fn shrd(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let fill = cpu.operand(insn, 1)?;
     shift(cpu, insn, 2, |flags, a, bits, count| {
-        let wide = u128::from(fill) << bits | u128::from(a);
-        let wide = if bits == 16 { u128::from(a) << 32 | wide } else { wide };
-        let result = (wide >> count) as u64 & mask(bits);
-        let cf = wide >> (count - 1) & 1 != 0;
-        flags.result_cf_of(result, bits, cf, top(result, bits) != top(a, bits));
+        let result = if count > bits {
+            rotate_left(fill, bits, 2 * bits - count)
+        } else {
+            ((u128::from(fill) << bits | u128::from(a)) >> count) as u64 & mask(bits)
+        };
+        let cf = count <= bits && a >> (count - 1) & 1 != 0;
+        flags.result_cf_of(result, bits, cf, top(result, bits) != top(result << 1, bits));
         result
     })
 }

@@ -111,11 +111,7 @@ fn build_frame(cpu: &mut Cpu, bytes: u64, room: u64, level: u8) -> Result<(), St
     let mut display = cpu.regs[slot::RBP];
     for _ in 1..level {
         display = display.wrapping_sub(bytes);
-        let pointer = if bytes == 2 {
-            cpu.read::<u16>(display).map(u64::from)
-        } else {
-            cpu.read::<u64>(display)
-        };
+        let pointer = if bytes == 2 { cpu.read::<u16>(display).map(u64::from) } else { cpu.read::<u64>(display) };
         cpu.push_sized(pointer.map_err(stack_fault)?, bytes)?;
     }
     if level > 0 {

@@ -69,14 +69,14 @@ impl Cpu {
             general: Vec::new(),
             budget: 0,
             patch: None,
-            miss: Miss { va: 0, size: 1 },
-            stop: Stop::Unimplemented("nothing"),
+            miss: Miss { va: 0, size: 0 },
+            stop: Stop::Unimplemented("nothing stopped"),
             crossings: CrossingCache::new(),
         }
     }
 
-    /// The architectural state. `halted` is the run loop's to know.
-    pub(in crate::hv::soft) fn save(&mut self, halted: bool) -> VcpuState {
+    /// The architectural state; whether it is halted is the run loop's to add.
+    pub(in crate::hv::soft) fn save(&mut self) -> VcpuState {
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.regs[..16]);
         let mut segments = self.segments;
@@ -101,7 +101,7 @@ impl Cpu {
             fpu: self.fpu.save(),
             lapic: self.lapic.save(),
             interrupt_shadow: self.interrupt_shadow,
-            halted,
+            halted: false,
         }
     }
 

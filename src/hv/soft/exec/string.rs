@@ -32,9 +32,8 @@ struct Form {
 
 impl Form {
     fn new(cpu: &Cpu, insn: &Instruction, size: u64) -> Self {
-        let short = |n: u32| {
-            n < insn.op_count() && matches!(insn.op_kind(n), OpKind::MemorySegESI | OpKind::MemoryESEDI)
-        };
+        let short =
+            |n: u32| n < insn.op_count() && matches!(insn.op_kind(n), OpKind::MemorySegESI | OpKind::MemoryESEDI);
         Self {
             size,
             step: if cpu.system_flags & flags::DF == 0 { size } else { size.wrapping_neg() },

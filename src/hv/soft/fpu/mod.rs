@@ -7,9 +7,8 @@ pub(super) struct FpuState {
     pub(super) mxcsr: u32,
 }
 
-use crate::hv::state::x86_64::Fpu;
 impl FpuState {
-    pub(super) fn save(&self) -> Fpu { Fpu::default() }
-    pub(super) fn restore(_: &Fpu) -> Self { Self { xmm: [0;16], mxcsr: 0x1f80 } }
+    pub(super) fn save(&self) -> crate::hv::state::x86_64::Fpu { Default::default() }
+    pub(super) fn restore(_: &crate::hv::state::x86_64::Fpu) -> Self { Self { xmm: [0; 16], mxcsr: 0x1f80 } }
 }
-pub(super) fn executor(_: &iced_x86::Instruction) -> Option<super::exec::Executor> { None }
+pub(super) fn executor(_: &iced_x86::Instruction) -> Option<super::exec::Executor> { Some(|_, _| Ok(super::fault::Flow::Next)) }
