@@ -16,6 +16,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut stdin = shell.stdin.take().ok_or("no standard input")?;
     let mut stdout = shell.stdout.take().ok_or("no standard output")?;
     let mut stderr = shell.stderr.take().ok_or("no standard error")?;
+    let (mut our_stdout, mut our_stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let input = async {
         tokio::io::copy(&mut tokio::io::stdin(), &mut stdin).await?;
         // The end of our input is the end of the shell's.
@@ -23,8 +24,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     };
     tokio::try_join!(
         input,
-        tokio::io::copy(&mut stdout, &mut tokio::io::stdout()),
-        tokio::io::copy(&mut stderr, &mut tokio::io::stderr()),
+        tokio::io::copy(&mut stdout, &mut our_stdout),
+        tokio::io::copy(&mut stderr, &mut our_stderr),
     )?;
     shell.wait().await?;
     vm.shutdown().await?;
