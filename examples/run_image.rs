@@ -31,10 +31,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut stderr = child.stderr.take().ok_or("no standard error")?;
     let (mut our_stdout, mut our_stderr) = (tokio::io::stdout(), tokio::io::stderr());
     // Both at once: a command that fills one while nobody reads it would wait for ever.
-    tokio::try_join!(
-        tokio::io::copy(&mut stdout, &mut our_stdout),
-        tokio::io::copy(&mut stderr, &mut our_stderr),
-    )?;
+    tokio::try_join!(tokio::io::copy(&mut stdout, &mut our_stdout), tokio::io::copy(&mut stderr, &mut our_stderr),)?;
     let status = child.wait().await?;
 
     vm.shutdown().await?;
