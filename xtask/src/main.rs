@@ -8,6 +8,7 @@ mod demo;
 mod kernel;
 mod packages;
 mod process;
+mod progress;
 mod test;
 mod workspace;
 
@@ -29,7 +30,8 @@ struct Args {
 enum Task {
     /// Boot a microVM and run commands in it, with everything that takes.
     Demo {
-        /// Any image reference, in place of one made of the distribution's busybox.
+        /// Any image with a shell, in place of one made of the distribution's busybox: a reference to pull, or
+        /// the path of an OCI layout folder.
         #[arg(long, value_name = "REF")]
         image: Option<String>,
     },
