@@ -39,7 +39,12 @@ pub(super) struct CodeCache {
 impl CodeCache {
     pub(super) fn new() -> Self {
         let translator = Translator::new();
-        let mut cache = Self { arena: Vec::with_capacity(MAX_OPS + 128), blocks: HashMap::default(), pages: HashMap::default(), translator };
+        let mut cache = Self {
+            arena: Vec::with_capacity(MAX_OPS + 128),
+            blocks: HashMap::default(),
+            pages: HashMap::default(),
+            translator,
+        };
         // Reserved whole so that it never moves; the host gives memory only for what is used.
         cache.arena.push(unreachable_op());
         cache

@@ -8,7 +8,7 @@ use crate::hv::IoHandler;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
 
-use super::apic::{IoApic, Lapic};
+use super::apic::{IOAPIC_BASE, IoApic, Lapic};
 use super::clock::Clock;
 use super::code_map::CodeMap;
 use super::exec::Executor;
@@ -224,21 +224,6 @@ impl Cpu {
     pub(super) fn require_cpl0(&self) -> Result<(), Stop> {
         if self.cpl() == 0 { Ok(()) } else { Err(Exception::general_protection(0).into()) }
     }
-
-    /// Pushes 64 bits; RSP changes only when the write succeeds.
-    #[inline]
-    pub(super) fn push64(&mut self, value: u64) -> Result<(), Stop> {
-        let sp = self.regs[slot::RSP].wrapping_sub(8);
-        self.write::<u64>(sp, value).map_err(stack_fault)?;
-        self.regs[slot::RSP] = sp;
-        Ok(())
-    }
-
-    /// Reads the 64 bits at RSP + `offset`, with a stack access's faults; RSP does not change.
-    #[inline]
-    pub(super) fn peek64(&mut self, offset: u64) -> Result<u64, Stop> {
-        self.read::<u64>(self.regs[slot::RSP].wrapping_add(offset)).map_err(stack_fault)
-    }
 }
 
 /// A non-canonical address gives #GP in general and #SS through the stack segment.
@@ -256,12 +241,10 @@ pub(super) const fn is_canonical(address: u64) -> bool {
 }
 
 impl Cpu {
-    const IOAPIC_PAGE: u64 = 0xfec0_0000;
-
     /// Serves a read of the APICs' pages, which are the engine's own; false for any other address.
     pub(super) fn apic_read(&mut self, gpa: u64, into: &mut [u8]) -> bool {
         let page = gpa & !0xfff;
-        let value = if page == Self::IOAPIC_PAGE {
+        let value = if page == IOAPIC_BASE {
             self.ioapic.mmio_read(gpa & 0xfff)
         } else if self.lapic.mmio_base() == Some(page) {
             self.lapic.mmio_read(gpa & 0xfff)
@@ -281,7 +264,7 @@ impl Cpu {
         let len = data.len().min(4);
         bytes[..len].copy_from_slice(&data[..len]);
         let (page, value) = (gpa & !0xfff, u32::from_le_bytes(bytes));
-        if page == Self::IOAPIC_PAGE {
+        if page == IOAPIC_BASE {
             self.ioapic.mmio_write(gpa & 0xfff, value);
         } else if self.lapic.mmio_base() == Some(page) {
             self.lapic.mmio_write(gpa & 0xfff, value);

@@ -54,7 +54,13 @@ impl Hypervisor for Soft {
         }
         let bus = Bus::new(spec.vcpus.get());
         let ioapic = Arc::new(IoApic::new(bus));
-        Ok(Box::new(SoftVm { ram, ioapic, clock: Clock::new(), created: AtomicU64::new(0), retired: Arc::clone(&self.retired) }))
+        Ok(Box::new(SoftVm {
+            ram,
+            ioapic,
+            clock: Clock::new(),
+            created: AtomicU64::new(0),
+            retired: Arc::clone(&self.retired),
+        }))
     }
 }
 

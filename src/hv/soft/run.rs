@@ -23,7 +23,7 @@ use super::exec::{Shutdown, Source};
 use super::fast::{Leave, Patch};
 use super::fault::{Exception, Flow, Stop};
 use super::flags::{IF, TF};
-use super::mailbox::Mailbox;
+use super::mailbox::{Mailbox, Signals};
 use crate::units::PAGE_SIZE;
 
 /// Instructions between two looks at the clock. Also bounds how deep handlers may call one another where the
@@ -58,6 +58,9 @@ impl SoftVcpu {
                 return Ok(Some(Exit::Kicked));
             }
             self.cpu.lapic.poll();
+            if self.cpu.lapic.take_signals() != Signals::default() {
+                return Err(self.unimplemented("an NMI, INIT or start-up message"));
+            }
         }
         if !self.cpu.code_writes.is_empty() {
             self.code.drop_written(&mut self.cpu);

@@ -94,7 +94,10 @@ impl Translator {
         let mut needed = true;
         for (insn, op) in self.insns.iter().zip(&mut self.ops).rev() {
             let writes = insn.rflags_modified() & ARITHMETIC != 0;
-            if !needed && writes && let Some(light) = pick(insn, false) {
+            if !needed
+                && writes
+                && let Some(light) = pick(insn, false)
+            {
                 op.run = light.run;
             }
             if overwrites_flags(insn) {
