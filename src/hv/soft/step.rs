@@ -101,7 +101,7 @@ pub(super) fn decoder(bytes: &[u8], offset: u64) -> Decoder<'_> {
 }
 
 /// Decodes one instruction at `offset` in its page; the error is whether more bytes were wanted.
-fn decode(bytes: &[u8], offset: u64) -> Result<Instruction, bool> {
+pub(super) fn decode(bytes: &[u8], offset: u64) -> Result<Instruction, bool> {
     let mut decoder = decoder(bytes, offset);
     let insn = decoder.decode();
     if insn.is_invalid() {
