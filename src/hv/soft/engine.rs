@@ -1,7 +1,7 @@
 //! The engine behind the hypervisor seam.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::hv::{HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, Vcpu, VcpuSeed, VmSpec};
 use crate::mem::GuestRam;
