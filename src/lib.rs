@@ -1,6 +1,41 @@
 //! Run any OCI image as a microVM, from async Rust.
+//!
+//! An image from a registry or from disk becomes a read-only root filesystem; a Linux kernel boots it in a virtual
+//! machine of its own; commands run in it with `AsyncRead` outputs and `AsyncWrite` input. On a machine without
+//! virtualization the guest runs on kiln's own software x86-64 processor ([`hv::soft`]).
+//!
+//! ```no_run
+//! # async fn f() -> Result<(), kiln::Error> {
+//! use kiln::{Image, VmConfig};
+//!
+//! let image = Image::pull("docker.io/library/alpine:3.20").await?;
+//! let vm = image.start(VmConfig::new()).await?;
+//! let out = vm.exec_builder().argv(["sh", "-c", "echo hi; exit 7"]).output().await?;
+//! assert_eq!(out.stdout, b"hi\n");
+//! assert_eq!(out.status.code(), Some(7));
+//! # Ok(()) }
+//! ```
+//!
+//! # Modules, from the bottom up
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`units`] | checked newtypes: sizes, guest addresses, ids |
+//! | [`block`] | where a disk's bytes come from |
+//! | [`mem`] | guest RAM |
+//! | [`hv`] | the seam to the engines that run guest processors, and the software engine |
+//! | [`vmm`] | the machine: bus, devices, boot |
+//! | [`image`] | OCI images: registry, layout folder, store |
+//! | [`rootfs`] | layers to a filesystem image |
+//! | [`transport`] | byte streams into the guest |
+//! | [`exec`] | commands in the guest, in the manner of `tokio::process` |
+//! | [`vm`] | a VM's life |
+//!
+//! An unoptimised build of the software processor is some thirty times slower; in a program that uses kiln put
+//! `[profile.dev.package.kiln] opt-level = 3` into its `Cargo.toml`.
 
 pub mod block;
+mod error;
 pub mod exec;
 pub mod hv;
 pub mod image;
@@ -10,3 +45,9 @@ pub mod transport;
 pub mod units;
 pub mod vm;
 pub mod vmm;
+
+pub use error::Error;
+pub use exec::{ExecBuilder, ExecChild, ExecError, ExecOutcome, ExecStderr, ExecStdin, ExecStdout};
+pub use image::{Image, LayoutError, OciImageBuilder, PullError, PullPolicy};
+pub use rootfs::RootfsError;
+pub use vm::{ShutdownError, StartError, Vm, VmConfig};

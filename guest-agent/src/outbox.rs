@@ -45,20 +45,18 @@ impl Outbox {
         let at = self.buffer.len();
         self.buffer.extend_from_slice(&[0; HEADER_LEN]);
         self.buffer.reserve(CHUNK);
-        let read = rustix::io::read(fd, rustix::buffer::spare_capacity(&mut self.buffer));
-        match read {
-            Ok(read)
-                if read > 0
-                    && let Ok(header) = header(kind, read) =>
-            {
-                self.buffer[at..at + HEADER_LEN].copy_from_slice(&header);
-                Ok(read)
-            }
-            other => {
+        let read = match rustix::io::read(fd, rustix::buffer::spare_capacity(&mut self.buffer)) {
+            Ok(read) => read,
+            Err(error) => {
                 self.buffer.truncate(at);
-                Ok(other?)
+                return Err(error.into());
             }
+        };
+        match header(kind, read) {
+            Ok(header) if read > 0 => self.buffer[at..at + HEADER_LEN].copy_from_slice(&header),
+            _ => self.buffer.truncate(at),
         }
+        Ok(read)
     }
 
     /// Writes as much as `socket` takes.

@@ -343,6 +343,7 @@ impl Session {
                         break;
                     }
                 }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // End-of-file; a terminal says EIO when its last user is gone.
                 Ok(_) | Err(_) => *slot = None,
             }

@@ -109,7 +109,7 @@ impl GuestRam {
     /// [`RamError::Map`] when the host has no room.
     pub fn new(size: Bytes) -> Result<Self, RamError> {
         let len = usize::try_from(size.0).map_err(|_| RamError::Size(size))?;
-        if size.0 == 0 || size.0 % PAGE_SIZE != 0 || size > Bytes::gib(1024) {
+        if size.0 == 0 || !size.0.is_multiple_of(PAGE_SIZE) || size > Bytes::gib(1024) {
             return Err(RamError::Size(size));
         }
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.

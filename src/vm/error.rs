@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::assets;
 use crate::exec::ExecError;
 use crate::hv::HvError;
+use crate::rootfs::RootfsError;
 use crate::vmm::MachineError;
 use crate::vmm::boot::ElfError;
 
@@ -49,6 +50,9 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// The image's layers do not make a root filesystem.
+    #[error("building the root filesystem")]
+    Rootfs(#[from] RootfsError),
     /// A setting that cannot be.
     #[error("invalid configuration: {0}")]
     Config(&'static str),

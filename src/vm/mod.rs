@@ -5,12 +5,15 @@
 //!                                                              |
 //!                                          driver task owns the Machine
 //! ```
-//! It knows no registries and no layers: an image arrives as a file with a filesystem.
+//! A VM knows no registries and no layers: its root filesystem arrives as a file. [`Image::start`] joins the two.
+//!
+//! [`Image::start`]: crate::image::Image::start
 
 pub mod assets;
 mod config;
 mod driver;
 mod error;
+mod image_start;
 mod start;
 
 pub use assets::Assets;

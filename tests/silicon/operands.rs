@@ -62,7 +62,7 @@ pub(crate) fn build(rng: &mut Rng, code: Code, aim: Aim) -> Option<Built> {
             continue;
         }
         match kind {
-            K::imm8 if seen_imm8 => {
+            K::imm8 if seen_imm8 || code.mnemonic() == Mnemonic::Enter => {
                 built.insn.set_op_kind(index, OpKind::Immediate8_2nd);
                 built.insn.set_immediate8_2nd(rng.below(32) as u8);
             }

@@ -4,6 +4,7 @@
 mod agent;
 mod busybox_image;
 mod cache;
+mod demo;
 mod kernel;
 mod packages;
 mod process;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Parser;
 use clap::Subcommand;
+use tracing_subscriber::EnvFilter;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "kiln's build and development tasks")]
@@ -25,6 +27,12 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Boot a microVM and run commands in it, with everything that takes.
+    Demo {
+        /// Any image reference, in place of one made of the distribution's busybox.
+        #[arg(long, value_name = "REF")]
+        image: Option<String>,
+    },
     /// Build the guest kernel, or find it in the cache.
     Kernel {
         /// An unpacked Linux 6.12 tree to use in place of Debian's linux-source-6.12 package.
@@ -42,7 +50,11 @@ enum Task {
 }
 
 fn main() -> Result<()> {
+    // Silent unless RUST_LOG asks; the library itself only emits events.
+    let filter = EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match Args::parse().task {
+        Task::Demo { image } => demo::run(image.as_deref())?,
         Task::Kernel { source } => {
             let kernel = kernel::ensure(source.as_deref())?;
             println!("{}", kernel.display());

@@ -109,12 +109,13 @@ impl Flags {
         self.aux = (a ^ 1 ^ res) & AF;
     }
 
-    /// Sets ZF, SF and PF from a result of `bits` bits, CF and OF as given, and clears AF.
+    /// Sets ZF, SF and PF from a result of `bits` bits, CF and OF as given: a shift. AF, undefined, reads as set, as
+    /// AMD's silicon has it.
     #[inline(always)]
     pub(super) fn result_cf_of(&mut self, res: u64, bits: u32, cf: bool, of: bool) {
         self.res = sext(res, bits);
         self.cv = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
-        self.aux = 0;
+        self.aux = AF;
     }
 
     #[inline(always)]

@@ -51,9 +51,11 @@ impl Tlb {
         Self { entries: Box::new([EMPTY; ENTRIES]), global: [0; ENTRIES / 64], mode: 0, large: None }
     }
 
+    /// Folds in higher bits, so that buffers a power of two apart (the two sides of a copy) do not meet in one
+    /// entry and evict each other at every access.
     #[inline(always)]
     pub(super) const fn index(va: u64) -> usize {
-        (va >> 12) as usize & (ENTRIES - 1)
+        ((va >> 12) ^ (va >> 22)) as usize & (ENTRIES - 1)
     }
 
     /// The tag that an access of `size` bytes at `va` must find; one that crosses a page finds none,

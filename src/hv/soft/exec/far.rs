@@ -178,7 +178,8 @@ pub(super) fn iret(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let stack = cpu.stack_segment(ss as u16, level, descriptor.is_long())?;
     check_return(&descriptor, rip)?;
     cpu.mark_accessed(&mut descriptor)?;
-    let writable = (cpu.writable_flags() | flags::RF) & mask(bytes as u32 * 8);
+    // RF only holds off instruction breakpoints, which never match here, until the next instruction is done.
+    let writable = cpu.writable_flags() & mask(bytes as u32 * 8);
     cpu.set_rflags(cpu.rflags() & !writable | rflags & writable);
     cpu.arrive(code_segment(descriptor, level), stack, rip, rsp);
     Ok(Flow::Sync)

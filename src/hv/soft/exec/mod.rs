@@ -20,6 +20,8 @@ mod stack;
 mod state;
 mod string;
 mod system_segment;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+mod tests;
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
@@ -129,7 +131,12 @@ fn general(insn: &Instruction) -> Option<Executor> {
         | Mnemonic::Prefetchnta
         | Mnemonic::Prefetcht0
         | Mnemonic::Prefetcht1
-        | Mnemonic::Prefetcht2 => flow::nop,
+        | Mnemonic::Prefetcht2
+        | Mnemonic::Prefetchwt1
+        // Hints and shadow-stack reads in the space of reserved no-operations, which they are here.
+        | Mnemonic::Cldemote
+        | Mnemonic::Rdsspd
+        | Mnemonic::Rdsspq => flow::nop,
         Mnemonic::Clflush => control::clflush,
         Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsq => string::movs,
         Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq => string::stos,
@@ -174,7 +181,7 @@ fn system(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Smsw => control::smsw,
         Mnemonic::Clts => control::clts,
         Mnemonic::Invlpg => control::invlpg,
-        Mnemonic::Invd | Mnemonic::Wbinvd => control::wbinvd,
+        Mnemonic::Invd | Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => control::wbinvd,
         Mnemonic::Cpuid => control::cpuid,
         Mnemonic::Rdtsc => control::rdtsc,
         Mnemonic::Rdtscp => control::rdtscp,

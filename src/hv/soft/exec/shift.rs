@@ -4,7 +4,8 @@ use iced_x86::Instruction;
 
 use crate::hv::soft::cpu::Cpu;
 use crate::hv::soft::fault::{Flow, Stop};
-use crate::hv::soft::flags::{Flags, sext};
+use crate::hv::soft::flags;
+use crate::hv::soft::flags::Flags;
 use crate::hv::soft::operand::operand_bits;
 
 use super::mask;
@@ -26,29 +27,15 @@ fn top(value: u64, bits: u32) -> bool {
 }
 
 pub(super) fn shl(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    shift(cpu, insn, 1, |flags, a, bits, count| {
-        let wide = u128::from(a) << count;
-        let (result, cf) = (wide as u64, wide >> bits & 1 != 0);
-        flags.result_cf_of(result, bits, cf, top(result, bits) != cf);
-        result
-    })
+    shift(cpu, insn, 1, |flags, a, bits, count| flags::shl(flags, a, count, bits, true))
 }
 
 pub(super) fn shr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    shift(cpu, insn, 1, |flags, a, bits, count| {
-        let result = a >> count;
-        flags.result_cf_of(result, bits, a >> (count - 1) & 1 != 0, count == 1 && top(a, bits));
-        result
-    })
+    shift(cpu, insn, 1, |flags, a, bits, count| flags::shr(flags, a, count, bits, true))
 }
 
 pub(super) fn sar(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    shift(cpu, insn, 1, |flags, a, bits, count| {
-        let wide = sext(a, bits) as i64;
-        let result = (wide >> count) as u64;
-        flags.result_cf_of(result, bits, wide >> (count - 1) & 1 != 0, false);
-        result
-    })
+    shift(cpu, insn, 1, |flags, a, bits, count| flags::sar(flags, a, count, bits, true))
 }
 
 /// Rotates change CF and OF alone.

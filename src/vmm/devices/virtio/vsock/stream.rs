@@ -1,5 +1,6 @@
 //! Streams to the guest for tokio: nothing here waits but for a lock that is held for a copy.
 
+use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,9 +50,15 @@ impl Shared {
 }
 
 /// Connects to the guest's ports; clones reach the same guest.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct VsockConnector {
     pub(super) shared: Arc<Shared>,
+}
+
+impl fmt::Debug for VsockConnector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VsockConnector").finish_non_exhaustive()
+    }
 }
 
 impl VsockConnector {
@@ -80,10 +87,15 @@ impl Connector for VsockConnector {
 ///
 /// Shutting down the write side leaves the read side open. Dropping it delivers what was written, for a
 /// few seconds at most, unless bytes from the guest are still unread: then the guest sees a reset.
-#[derive(Debug)]
 pub struct VsockStream {
     shared: Arc<Shared>,
     key: Key,
+}
+
+impl fmt::Debug for VsockStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VsockStream").field("key", &self.key).finish_non_exhaustive()
+    }
 }
 
 impl AsyncRead for VsockStream {

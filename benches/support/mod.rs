@@ -1,0 +1,69 @@
+//! What the benchmarks that boot guests share: the inputs, the yardstick and the statistics.
+//!
+//! The yardstick is QEMU with its own software processor (`-accel tcg`), the thing to reach for today on a
+//! machine without virtualization. It boots the same kernel file, in the same run, in turns with kiln.
+#![allow(dead_code, reason = "each benchmark uses its part")]
+#![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
+
+pub(crate) mod qemu;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// The guest kernel, built or found by the repository's own task.
+pub(crate) fn kernel() -> PathBuf {
+    xtask("kernel")
+}
+
+/// An OCI layout of the distribution's busybox; builds the agent too, which a guest cannot start without.
+pub(crate) fn busybox_layout() -> PathBuf {
+    xtask("agent");
+    xtask("busybox-image")
+}
+
+fn xtask(task: &str) -> PathBuf {
+    let mut cargo = Command::new(env!("CARGO"));
+    let output = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args(["xtask", task]).output().expect("cargo starts");
+    assert!(output.status.success(), "cargo xtask {task}:\n{}", String::from_utf8_lossy(&output.stderr));
+    PathBuf::from(String::from_utf8(output.stdout).expect("paths here are UTF-8").trim_end())
+}
+
+/// Times of one subject.
+#[derive(Debug)]
+pub(crate) struct Sample {
+    name: String,
+    times: Vec<Duration>,
+}
+
+impl Sample {
+    pub(crate) fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), times: Vec::new() }
+    }
+
+    pub(crate) fn add(&mut self, time: Duration) {
+        self.times.push(time);
+        self.times.sort_unstable();
+    }
+
+    pub(crate) fn median(&self) -> Duration {
+        self.times[self.times.len() / 2]
+    }
+}
+
+/// Prints a line per subject: median, fastest, slowest, and the median against that of the fastest yardstick.
+pub(crate) fn report(title: &str, subject: &Sample, yardsticks: &[Sample]) {
+    let best = yardsticks.iter().map(Sample::median).min().expect("there is a yardstick");
+    println!("{title}");
+    println!("{:<24}{:>12}{:>12}{:>12}{:>12}", "", "median", "fastest", "slowest", "ratio");
+    for sample in std::iter::once(subject).chain(yardsticks) {
+        let ratio = sample.median().as_secs_f64() / best.as_secs_f64();
+        let [median, fastest, slowest] =
+            [sample.median(), sample.times[0], sample.times[sample.times.len() - 1]].map(milliseconds);
+        println!("{:<24}{median:>12}{fastest:>12}{slowest:>12}{ratio:>12.2}", sample.name);
+    }
+}
+
+fn milliseconds(time: Duration) -> String {
+    format!("{:.2} ms", time.as_secs_f64() * 1e3)
+}

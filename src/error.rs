@@ -1,0 +1,35 @@
+//! The sum of the errors of all operations.
+
+use crate::exec::ExecError;
+use crate::image::{LayoutError, PullError};
+use crate::rootfs::RootfsError;
+use crate::vm::{ShutdownError, StartError};
+
+/// Any error of this crate, for callers that only pass it on.
+///
+/// Each operation returns an error of its own, whose variants a caller can act on; all of them convert into this one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An image could not be pulled.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// An OCI layout could not be imported.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A root filesystem could not be built.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// A VM did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A command could not be run.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// A VM did not stop.
+    #[error(transparent)]
+    Shutdown(#[from] ShutdownError),
+    /// Bytes could not be moved to or from a command.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
