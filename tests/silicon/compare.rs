@@ -95,13 +95,15 @@ struct Comparison {
     soft: SoftProcessor,
     args: Args,
     compared: u64,
+    /// The host's page-table hypervisor emulates what raises #GP, and raises #UD for what its emulator lacks.
+    emulates_gp: bool,
     failed: BTreeSet<String>,
     unbuilt: BTreeSet<String>,
 }
 
 impl Comparison {
     fn new(native: Native, soft: SoftProcessor, args: Args) -> Self {
-        Self { native, soft, args, compared: 0, failed: BTreeSet::new(), unbuilt: BTreeSet::new() }
+        Self { native, soft, args, compared: 0, emulates_gp: false, failed: BTreeSet::new(), unbuilt: BTreeSet::new() }
     }
 
     /// Runs every pass; how many forms differ. `Err` is a fault of the harness or the reference.
@@ -147,6 +149,17 @@ impl Comparison {
         let expected = (3, 42, [0x4040_0000_4080_0000; 2], machine::CODE + 7);
         if known != expected || first != second {
             return Err(format!("the reference processor is not one: {known:x?} instead of {expected:x?}"));
+        }
+        start.gpr[0] = machine::WINDOW + 8;
+        // addps xmm0, [rax]: misaligned, so #GP
+        let misaligned = Sequence { bytes: vec![0x0f, 0x58, 0x00], starts: vec![0] };
+        match outcome::run(&mut self.native, &misaligned, &start)?.vector {
+            13 => {}
+            6 => {
+                self.emulates_gp = true;
+                println!("silicon: this host shows #UD for some #GP: there the vector is not compared");
+            }
+            other => return Err(format!("a misaligned operand raised {other} on the reference processor")),
         }
         Ok(())
     }
@@ -239,7 +252,12 @@ impl Comparison {
     }
 
     fn agree(&self, native: &Outcome, soft: &Ended) -> bool {
-        soft.as_ref() == Ok(native) && outcome::memory_differences(self.native.ram(), self.soft.ram()).is_empty()
+        let Ok(soft) = soft else { return false };
+        let mut soft = soft.clone();
+        if self.emulates_gp && (native.vector, soft.vector, soft.error) == (6, 13, 0) {
+            soft.vector = 6;
+        }
+        soft == *native && outcome::memory_differences(self.native.ram(), self.soft.ram()).is_empty()
     }
 
     /// Tells of the instruction before number `count`.

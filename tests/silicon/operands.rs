@@ -222,6 +222,9 @@ fn target(rng: &mut Rng, aim: Aim, size: u64, align: u64) -> u64 {
 
 fn implicit(rng: &mut Rng, built: &mut Built, index: u32, kind: K, aim: Aim) {
     let short = rng.one_in(4) && aim != Aim::NonCanonical;
+    // Which of two bad operands faults first is the processor's choice: CMPS gets one.
+    let second_of_two = built.insn.code().mnemonic() != Mnemonic::Movsb && index == 1;
+    let aim = if second_of_two && built.insn.op0_kind() != OpKind::Register { Aim::Good } else { aim };
     // The count below stays under 16, so strings stay in the room around the target.
     let address = target(rng, aim, 16, 1);
     let (op_kind, register) = match (kind, short) {

@@ -380,6 +380,10 @@ fn after(built: &Built) -> Vec<Instruction> {
         },
         _ => return Vec::new(),
     };
+    if u32::try_from(built.address).is_err() {
+        // It faults: nothing is saved, and nothing after it runs.
+        return Vec::new();
+    }
     let narrow = saves[0] == 6 && saves.len() == 7;
     let clear = |offset: &u64| {
         let at = MemoryOperand::with_displ(built.address + offset, 4);
