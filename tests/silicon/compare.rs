@@ -112,9 +112,9 @@ impl Comparison {
         println!("silicon: {} forms, seed {}", forms.len(), self.args.seed);
         self.faithful()?;
         let good = self.each_form(&forms)?;
+        let alone = self.failed.len();
         println!(
-            "silicon: single forms: {} of {} agree ({:.1} s)",
-            good.len(),
+            "silicon: {} single forms, {alone} differ ({:.1} s)",
             forms.len(),
             begun.elapsed().as_secs_f64()
         );
@@ -169,7 +169,7 @@ impl Comparison {
         let mut good = Vec::new();
         for (index, form) in forms.iter().enumerate() {
             let mut rng = Rng::new(self.args.seed << 32 | index as u64);
-            if self.one_form(&mut rng, *form)? {
+            if self.one_form(&mut rng, *form)? && !forms::is_approximate(form.code) {
                 good.push(*form);
             }
         }
@@ -183,8 +183,16 @@ impl Comparison {
                 Some(bad) => BAD_AIMS[bad as usize % BAD_AIMS.len()],
                 None => Aim::Good,
             };
+            if aim != Aim::Good && forms::moves_image(form.code) && aim != Aim::Unmapped {
+                continue;
+            }
             let mut builder = Builder::new(true);
-            let start = Start::random(rng, round % 4 == 3);
+            let mmx = forms::touches_mmx(form.code);
+            // Which comes first, the move to MMX form or a fault, vendors do not agree about.
+            let mut start = Start::random(rng, round % 4 == 3 && !mmx);
+            if mmx && aim != Aim::Good {
+                start = start.in_mmx_form();
+            }
             let appended = (0..40).any(|_| builder.form(rng, form, aim));
             if !appended {
                 continue;
@@ -203,7 +211,8 @@ impl Comparison {
     /// Long random sequences of forms that agree alone.
     fn sequences(&mut self, mut forms: Vec<Form>) -> Result<(), String> {
         let mut round = 0;
-        while self.compared < self.args.count && !forms.is_empty() && self.failed.len() < self.args.failures {
+        let limit = self.failed.len() + self.args.failures;
+        while self.compared < self.args.count && !forms.is_empty() && self.failed.len() < limit {
             round += 1;
             let mut rng = Rng::new(self.args.seed.wrapping_mul(0x1_0000_0001) ^ round << 20);
             let start = Start::random(&mut rng, round % 16 == 0);
@@ -213,7 +222,8 @@ impl Comparison {
                     break;
                 }
                 let form = rng.pick(&forms);
-                let aim = if rng.one_in(2000) { rng.pick(&BAD_AIMS) } else { Aim::Good };
+                let plain = !forms::touches_mmx(form.code) && !forms::moves_image(form.code);
+                let aim = if plain && rng.one_in(2000) { rng.pick(&BAD_AIMS) } else { Aim::Good };
                 builder.form(&mut rng, form, aim);
             }
             if !self.compare(&builder.finish(), &start, None)? {
@@ -228,14 +238,14 @@ impl Comparison {
     fn compare(&mut self, sequence: &Sequence, start: &Start, form: Option<Form>) -> Result<bool, String> {
         let (native, soft) = self.both(sequence, start)?;
         self.compared += sequence.executed(native.rip);
-        if self.agree(&native, &soft) {
+        if self.agree(&native, &soft, form) {
             return Ok(true);
         }
         let (mut same, mut differs) = (0, sequence.starts.len());
         while differs - same > 1 {
             let middle = (same + differs) / 2;
             let (native, soft) = self.both(&sequence.prefix(middle), start)?;
-            if self.agree(&native, &soft) { same = middle } else { differs = middle }
+            if self.agree(&native, &soft, form) { same = middle } else { differs = middle }
         }
         self.report(sequence, start, differs, form)?;
         Ok(false)
@@ -251,9 +261,15 @@ impl Comparison {
         Ok((native, soft))
     }
 
-    fn agree(&self, native: &Outcome, soft: &Ended) -> bool {
+    fn agree(&self, native: &Outcome, soft: &Ended, form: Option<Form>) -> bool {
         let Ok(soft) = soft else { return false };
         let mut soft = soft.clone();
+        if form.is_some_and(|form| forms::is_approximate(form.code)) {
+            outcome::forgive_rounding(native, &mut soft);
+        }
+        if native.vector == 14 && form.is_some_and(|form| forms::moves_image(form.code)) && soft.cr2 ^ native.cr2 < 0x1000 {
+            soft.cr2 = native.cr2;
+        }
         if self.emulates_gp && (native.vector, soft.vector, soft.error) == (6, 13, 0) {
             soft.vector = 6;
         }

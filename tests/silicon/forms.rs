@@ -92,6 +92,38 @@ fn unfaithful(code: Code) -> bool {
     }
 }
 
+/// Whether the result is an approximation: the manual gives an error bound, and every vendor another last bit.
+pub(crate) fn is_approximate(code: Code) -> bool {
+    use Mnemonic as M;
+    matches!(
+        code.mnemonic(),
+        M::F2xm1 | M::Fyl2x | M::Fyl2xp1 | M::Fptan | M::Fpatan | M::Fsin | M::Fcos | M::Fsincos
+    ) || matches!(code.mnemonic(), M::Rsqrtps | M::Rsqrtss | M::Rcpps | M::Rcpss)
+}
+
+/// Whether the x87 condition codes are undefined or vendors' manuals differ about them.
+pub(crate) fn leaves_condition_codes(code: Code) -> bool {
+    use Mnemonic as M;
+    matches!(code.mnemonic(), M::Ffree | M::Ffreep | M::Fcomi | M::Fcomip | M::Fucomi | M::Fucomip)
+        || matches!(code.mnemonic(), M::Fcmovb | M::Fcmove | M::Fcmovbe | M::Fcmovu)
+        || matches!(code.mnemonic(), M::Fcmovnb | M::Fcmovne | M::Fcmovnbe | M::Fcmovnu)
+}
+
+/// Whether it touches MMX registers, and so moves the x87 state into MMX form. When in a faulting instruction that
+/// happens differs between vendors.
+pub(crate) fn touches_mmx(code: Code) -> bool {
+    use OpCodeOperandKind as K;
+    code.op_code().op_kinds().iter().any(|kind| matches!(kind, K::mm_reg | K::mm_rm | K::mm_or_mem))
+}
+
+/// Whether it saves or restores an image, which is done piece by piece: where it stops at a fault is the
+/// processor's own matter.
+pub(crate) fn moves_image(code: Code) -> bool {
+    use Mnemonic as M;
+    matches!(code.mnemonic(), M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64)
+        || matches!(code.mnemonic(), M::Fnsave | M::Fsave | M::Frstor | M::Fnstenv | M::Fstenv | M::Fldenv)
+}
+
 /// Whether the stack pointer must be good for the instruction to get through.
 pub(crate) fn uses_stack(code: Code) -> bool {
     code.op_code().is_stack_instruction() || matches!(code.mnemonic(), Mnemonic::Ret | Mnemonic::Call)

@@ -72,6 +72,15 @@ impl Start {
     }
 }
 
+impl Start {
+    /// With the x87 state in MMX form already.
+    pub(crate) fn in_mmx_form(mut self) -> Self {
+        self.fpu.fsw &= !0x3800;
+        self.fpu.ftw = 0xff;
+        self
+    }
+}
+
 /// An address in the middle of the user stack.
 fn stack(rng: &mut Rng) -> u64 {
     machine::STACK + 0xc00 + rng.below(0x80) * 8
@@ -122,6 +131,9 @@ impl Builder {
         }
         for insn in after(&built) {
             assert!(self.emit(&insn), "{insn:?} encodes");
+        }
+        if forms::leaves_condition_codes(code) {
+            self.emit(&Instruction::with(Code::Fxam));
         }
         self.neutralise(rng, &built.insn);
         true
