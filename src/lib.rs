@@ -1,6 +1,10 @@
 //! Run any OCI image as a microVM, from async Rust.
 
+pub mod block;
 pub mod hv;
+pub mod image;
 pub mod mem;
+pub mod rootfs;
 pub mod transport;
 pub mod units;
+pub mod vmm;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use iced_x86::Instruction;
+
 use crate::hv::IoHandler;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
@@ -9,9 +11,13 @@ use crate::mem::GuestRam;
 use super::apic::{IoApic, Lapic};
 use super::clock::Clock;
 use super::code_map::CodeMap;
+use super::exec::Executor;
+use super::fast::branch::JumpCache;
+use super::fast::{Miss, Patch};
 use super::fault::{Exception, Stop};
 use super::flags::{self, Flags};
 use super::fpu::FpuState;
+use super::step::CrossingCache;
 use super::tlb::Tlb;
 
 /// Register slots of [`Cpu::regs`], which is as long as an index byte reaches so that no access needs a check.
@@ -143,6 +149,22 @@ pub(super) struct Cpu {
     /// Counts changes of what fetch addresses mean, lower and upper half of the address space apart: what
     /// is remembered by address of decoded code is good for one value.
     pub(super) fetch_epoch: [u32; 2],
+    /// Whether SSE instructions may execute: CR0.EM and TS clear, CR4.OSFXSR set.
+    pub(super) sse_ready: bool,
+    /// Blocks by linear address.
+    pub(super) jumps: JumpCache,
+    /// Instructions of decoded code that the general executor runs.
+    pub(super) general: Vec<(Executor, Instruction)>,
+    /// Instructions left before the chain of operations returns to the run loop.
+    pub(super) budget: i32,
+    /// The branch that the next lookup is for.
+    pub(super) patch: Option<Patch>,
+    /// The access that sent a handler to the miss path.
+    pub(super) miss: Miss,
+    /// What ended the chain with [`Leave::Stopped`](super::fast::Leave::Stopped).
+    pub(super) stop: Stop,
+    /// The last page-crossing instruction decoded at each of a few addresses.
+    pub(super) crossings: CrossingCache,
 }
 
 impl Cpu {
@@ -173,8 +195,9 @@ impl Cpu {
         self.control.efer & efer::LMA != 0 && self.segments[seg::CS].attributes & (1 << 13) != 0
     }
 
-    /// To be called after any change of CPL, CR0, CR4 or EFER: what the TLB's tags are matched against.
+    /// To be called after any change of CPL, CR0, CR4 or EFER: brings what is derived from them up to date.
     pub(super) fn mode_changed(&mut self) {
+        self.sse_ready = self.control.cr0 & (cr0::EM | cr0::TS) == 0 && self.control.cr4 & cr4::OSFXSR != 0;
         self.tlb.mode = u64::from(self.cpl() == 3);
     }
 

@@ -109,12 +109,13 @@ impl Flags {
         self.aux = (a ^ 1 ^ res) & AF;
     }
 
-    /// Sets ZF, SF and PF from a result of `bits` bits, CF and OF as given, and clears AF.
+    /// Sets ZF, SF and PF from a result of `bits` bits, CF and OF as given: a shift. AF, undefined, reads as set, as
+    /// AMD's silicon has it.
     #[inline(always)]
     pub(super) fn result_cf_of(&mut self, res: u64, bits: u32, cf: bool, of: bool) {
         self.res = sext(res, bits);
         self.cv = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
-        self.aux = 0;
+        self.aux = AF;
     }
 
     #[inline(always)]
@@ -208,6 +209,69 @@ impl Flags {
         };
         positive != (cc & 1 != 0)
     }
+}
+
+/// SHL of an operand of `bits` by 1 to 63; what lies above the operand size in `a` does not matter.
+#[inline(always)]
+pub(super) fn shl(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let res = a << count;
+    if want {
+        // The last bit moved out of the operand.
+        let cf = count <= bits && a >> (bits - count) & 1 != 0;
+        flags.result_cf_of(res, bits, cf, cf != (res >> (bits - 1) & 1 != 0));
+    }
+    res
+}
+
+/// SHR of an operand of `bits` by 1 to 63.
+#[inline(always)]
+pub(super) fn shr(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let a = a & (u64::MAX >> (64 - bits));
+    let res = a >> count;
+    if want {
+        // Overflow is the operand's sign for a shift by one; by more it is undefined and reads as clear.
+        flags.result_cf_of(res, bits, a >> (count - 1) & 1 != 0, res >> (bits - 2) & 1 != 0);
+    }
+    res
+}
+
+/// SAR of an operand of `bits` by 1 to 63.
+#[inline(always)]
+pub(super) fn sar(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let a = sext(a, bits) as i64;
+    let res = (a >> count) as u64;
+    if want {
+        flags.result_cf_of(res, bits, a >> (count - 1) & 1 != 0, false);
+    }
+    res
+}
+
+/// ROL of an operand of `bits` by 1 to 63; writes CF and OF only.
+#[inline(always)]
+pub(super) fn rol(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let a = a & (u64::MAX >> (64 - bits));
+    let count = count % bits;
+    let res = if count == 0 { a } else { a << count | a >> (bits - count) };
+    if want {
+        let cf = res & 1 != 0;
+        let of = cf != (res >> (bits - 1) & 1 != 0);
+        flags.cv = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
+    }
+    res
+}
+
+/// ROR of an operand of `bits` by 1 to 63; writes CF and OF only.
+#[inline(always)]
+pub(super) fn ror(flags: &mut Flags, a: u64, count: u32, bits: u32, want: bool) -> u64 {
+    let a = a & (u64::MAX >> (64 - bits));
+    let count = count % bits;
+    let res = if count == 0 { a } else { a >> count | a << (bits - count) };
+    if want {
+        let cf = res >> (bits - 1) & 1 != 0;
+        let of = cf != (res >> (bits - 2) & 1 != 0);
+        flags.cv = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
+    }
+    res
 }
 
 #[cfg(test)]

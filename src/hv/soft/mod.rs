@@ -4,12 +4,22 @@
 
 mod apic;
 mod clock;
+mod code;
 mod code_map;
 mod cpu;
+mod cpuid;
+mod engine;
 mod exec;
+mod fast;
 mod fault;
 mod flags;
 mod fpu;
+mod mailbox;
 mod mmu;
 mod operand;
+mod run;
+mod step;
 mod tlb;
+mod translate;
+
+pub use engine::Soft;

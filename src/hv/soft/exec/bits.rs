@@ -1,0 +1,125 @@
+//! Bit tests, bit scans and byte swaps.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use crate::hv::soft::cpu::Cpu;
+use crate::hv::soft::fault::{Flow, Stop};
+use crate::hv::soft::flags;
+use crate::hv::soft::flags::sext;
+use crate::hv::soft::operand::{operand_bits, segment_fault};
+
+use super::mask;
+
+/// What a bit test leaves of the operand that has `bit` set in it.
+type Change = fn(value: u64, bit: u64) -> u64;
+
+pub(super) fn bt(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    bit_test(cpu, insn, None)
+}
+
+pub(super) fn bts(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    bit_test(cpu, insn, Some(|value, bit| value | bit))
+}
+
+pub(super) fn btr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    bit_test(cpu, insn, Some(|value, bit| value & !bit))
+}
+
+pub(super) fn btc(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    bit_test(cpu, insn, Some(|value, bit| value ^ bit))
+}
+
+fn bit_test(cpu: &mut Cpu, insn: &Instruction, change: Option<Change>) -> Result<Flow, Stop> {
+    let bits = operand_bits(insn, 0);
+    let index = cpu.operand(insn, 1)?;
+    let bit = 1 << (index % u64::from(bits));
+    if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register {
+        return bit_string(cpu, insn, bits, index, bit, change);
+    }
+    let value = if change.is_some() { cpu.operand_for_write(insn, 0)? } else { cpu.operand(insn, 0)? };
+    if let Some(change) = change {
+        cpu.set_operand(insn, 0, change(value, bit))?;
+    }
+    cpu.flags.set_cf(value & bit != 0);
+    Ok(Flow::Next)
+}
+
+/// With a register index, memory is a bit string that the index reaches into, signed and far.
+fn bit_string(
+    cpu: &mut Cpu,
+    insn: &Instruction,
+    bits: u32,
+    index: u64,
+    bit: u64,
+    change: Option<Change>,
+) -> Result<Flow, Stop> {
+    let skip = ((sext(index, bits) as i64) >> bits.trailing_zeros()) as u64;
+    let mut offset = cpu.effective_address(insn).wrapping_add(skip.wrapping_mul(u64::from(bits / 8)));
+    if has_short_address(insn) {
+        offset &= mask(32);
+    }
+    let address = offset.wrapping_add(cpu.segment_base(insn.memory_segment()));
+    let found = match bits {
+        16 => bit_at::<u16>(cpu, address, bit, change),
+        32 => bit_at::<u32>(cpu, address, bit, change),
+        _ => bit_at::<u64>(cpu, address, bit, change),
+    };
+    let set = found.map_err(|stop| segment_fault(insn, stop))?;
+    cpu.flags.set_cf(set);
+    Ok(Flow::Next)
+}
+
+fn bit_at<T: crate::mem::Scalar>(cpu: &mut Cpu, address: u64, bit: u64, change: Option<Change>) -> Result<bool, Stop> {
+    let value = match change {
+        None => cpu.read::<T>(address)?.widen() as u64,
+        Some(change) => {
+            let value = cpu.read_for_write::<T>(address)?.widen() as u64;
+            cpu.write(address, T::narrow(change(value, bit).into()))?;
+            value
+        }
+    };
+    Ok(value & bit != 0)
+}
+
+/// Whether the address wraps at 4 GiB (an address-size prefix).
+fn has_short_address(insn: &Instruction) -> bool {
+    match (insn.memory_base(), insn.memory_index()) {
+        (Register::None, Register::None) => insn.memory_displ_size() == 4,
+        (Register::None, index) => index.size() == 4,
+        (base, _) => base.size() == 4,
+    }
+}
+
+pub(super) fn bsf(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    scan(cpu, insn, |value| value.trailing_zeros())
+}
+
+pub(super) fn bsr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    scan(cpu, insn, |value| 63 - value.leading_zeros())
+}
+
+/// A scan of zero leaves the destination as it was, all 64 bits of it. ZF alone is defined; silicon makes PF that
+/// of the index and clears the others.
+fn scan(cpu: &mut Cpu, insn: &Instruction, find: fn(u64) -> u32) -> Result<Flow, Stop> {
+    let value = cpu.operand(insn, 1)?;
+    let index = if value == 0 { 0 } else { find(value) };
+    if value != 0 {
+        cpu.set_register(insn.op0_register(), index.into());
+    }
+    let parity = if index.count_ones().is_multiple_of(2) { flags::PF } else { 0 };
+    cpu.flags.set_rflags(parity | if value == 0 { flags::ZF } else { 0 });
+    Ok(Flow::Next)
+}
+
+pub(super) fn bswap(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    let register = insn.op0_register();
+    let value = cpu.register(register);
+    let swapped = match register.size() {
+        8 => value.swap_bytes(),
+        4 => (value as u32).swap_bytes().into(),
+        // Undefined for 16 bits; silicon writes zero.
+        _ => 0,
+    };
+    cpu.set_register(register, swapped);
+    Ok(Flow::Next)
+}

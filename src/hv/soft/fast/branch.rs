@@ -1,0 +1,212 @@
+//! Jumps: where one block hands over to the next.
+
+use super::super::cpu::{Cpu, slot};
+use super::{Leave, Op, Patch, UNLINKED, address, get, load, writable};
+use crate::units::PAGE_SIZE;
+
+/// Remembered by linear address: the block decoded there.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct JumpEntry {
+    va: u64,
+    /// Fetch epoch and privilege mode that the entry is good for.
+    key: u32,
+    block: u32,
+}
+
+/// Entries of the jump cache: 16 bytes each.
+pub(in super::super) const JUMP_ENTRIES: usize = 4096;
+
+/// Blocks by linear address, direct-mapped.
+#[derive(Debug)]
+pub(in super::super) struct JumpCache(Box<[JumpEntry; JUMP_ENTRIES]>);
+
+impl JumpCache {
+    pub(in super::super) fn new() -> Self {
+        // No instruction lies at the last byte of the address space and is worth remembering.
+        Self(Box::new([JumpEntry { va: u64::MAX, key: 0, block: UNLINKED }; JUMP_ENTRIES]))
+    }
+
+    #[inline(always)]
+    fn index(va: u64) -> usize {
+        (va ^ (va >> 12)) as usize & (JUMP_ENTRIES - 1)
+    }
+
+    pub(in super::super) fn insert(&mut self, va: u64, key: u32, block: u32) {
+        self.0[Self::index(va)] = JumpEntry { va, key, block };
+    }
+
+    #[inline(always)]
+    fn get(&self, va: u64, key: u32) -> Option<u32> {
+        let entry = &self.0[Self::index(va)];
+        (entry.va == va && entry.key == key).then_some(entry.block)
+    }
+
+    pub(in super::super) fn clear(&mut self) {
+        *self = Self::new();
+    }
+}
+
+impl Cpu {
+    /// What jump-cache entries for `va` must be keyed with now.
+    #[inline(always)]
+    pub(in super::super) fn fetch_key(&self, va: u64) -> u32 {
+        self.fetch_epoch[(va >> 63) as usize] << 1 | self.tlb.mode as u32
+    }
+}
+
+#[inline(always)]
+fn enter(cpu: &mut Cpu, block: u32, target: u64, arena: &[Op]) -> Leave {
+    match arena.get(block as usize..).and_then(<[Op]>::split_first) {
+        Some((op, rest)) => (op.run)(cpu, op, rest, arena),
+        None => {
+            cpu.rip = target;
+            Leave::Lookup
+        }
+    }
+}
+
+#[inline(always)]
+fn spend(cpu: &mut Cpu, instructions: u8) -> bool {
+    cpu.budget -= i32::from(instructions);
+    cpu.budget < 0
+}
+
+/// Goes to any linear address, at the end of a block of `instructions`.
+#[inline(always)]
+pub(super) fn jump(cpu: &mut Cpu, target: u64, instructions: u8, arena: &[Op]) -> Leave {
+    if spend(cpu, instructions) {
+        cpu.rip = target;
+        return Leave::Budget;
+    }
+    match cpu.jumps.get(target, cpu.fetch_key(target)) {
+        Some(block) => {
+            cpu.regs[slot::PAGE] = target & !(PAGE_SIZE - 1);
+            enter(cpu, block, target, arena)
+        }
+        None => {
+            cpu.rip = target;
+            Leave::Lookup
+        }
+    }
+}
+
+/// Goes to a target within the page: through the link once that is patched.
+#[inline(always)]
+fn jump_in_page(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op], target: u64, second: bool) -> Leave {
+    let target = cpu.regs[slot::PAGE].wrapping_add(target);
+    if spend(cpu, op.misc) {
+        cpu.rip = target;
+        return Leave::Budget;
+    }
+    let link = if second { op.disp as u32 } else { op.link };
+    if link != UNLINKED {
+        return enter(cpu, link, target, arena);
+    }
+    cpu.patch = Some(Patch { op: (arena.len() - rest.len() - 1) as u32, second });
+    cpu.rip = target;
+    Leave::Lookup
+}
+
+/// Goes to `target`, an offset from the page that may lie outside it.
+#[inline(always)]
+fn jump_relative(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op], target: u64, second: bool) -> Leave {
+    if target < PAGE_SIZE {
+        return jump_in_page(cpu, op, rest, arena, target, second);
+    }
+    let target = cpu.regs[slot::PAGE].wrapping_add(target);
+    jump(cpu, target, op.misc, arena)
+}
+
+/// JMP rel, and the end of a block that runs into the next.
+pub(in super::super) fn jmp(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    jump_relative(cpu, op, rest, arena, op.imm, false)
+}
+
+/// What an invalidated block begins with: leads to what was decoded in its place.
+pub(in super::super) fn forward(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    jump_in_page(cpu, op, rest, arena, u64::from(op.at), false)
+}
+
+#[inline(always)]
+fn following(op: &Op) -> u64 {
+    u64::from(op.at) + u64::from(op.len)
+}
+
+/// Goes to `target` (an offset from the page) or on: the taken link is in `link`, the other in `disp`.
+#[inline(always)]
+pub(super) fn conditional(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op], taken: bool, target: u64) -> Leave {
+    if taken {
+        jump_relative(cpu, op, rest, arena, target, false)
+    } else {
+        jump_relative(cpu, op, rest, arena, following(op), true)
+    }
+}
+
+/// Jcc.
+pub(in super::super) fn jcc<const CC: u8>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let taken = cpu.flags.condition(CC);
+    conditional(cpu, op, rest, arena, taken, op.imm)
+}
+
+/// CALL rel.
+pub(in super::super) fn call(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let sp = cpu.regs[slot::RSP].wrapping_sub(8);
+    let to = writable!(u64, sp, cpu, op, rest, arena);
+    let back = cpu.regs[slot::PAGE].wrapping_add(following(op));
+    if cpu.ram.store(to, back).is_none() {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    cpu.regs[slot::RSP] = sp;
+    jump_relative(cpu, op, rest, arena, op.imm, false)
+}
+
+/// RET and RET imm16.
+pub(in super::super) fn ret(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let sp = cpu.regs[slot::RSP];
+    let target = load!(u64, sp, cpu, op, rest, arena);
+    if !super::super::cpu::is_canonical(target) {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    cpu.regs[slot::RSP] = sp.wrapping_add(8).wrapping_add(op.imm);
+    jump(cpu, target, op.misc, arena)
+}
+
+/// JMP r64.
+pub(in super::super) fn jmp_register(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let target = get(cpu, op.dst);
+    if !super::super::cpu::is_canonical(target) {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    jump(cpu, target, op.misc, arena)
+}
+
+/// CALL r64.
+pub(in super::super) fn call_register(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let target = get(cpu, op.dst);
+    if !super::super::cpu::is_canonical(target) {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    let sp = cpu.regs[slot::RSP].wrapping_sub(8);
+    let to = writable!(u64, sp, cpu, op, rest, arena);
+    let back = cpu.regs[slot::PAGE].wrapping_add(following(op));
+    if cpu.ram.store(to, back).is_none() {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    cpu.regs[slot::RSP] = sp;
+    jump(cpu, target, op.misc, arena)
+}
+
+/// JMP m64 without an index: the shape of a PLT entry.
+pub(in super::super) fn jmp_memory(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let target = load!(u64, address::<false>(cpu, op), cpu, op, rest, arena);
+    if !super::super::cpu::is_canonical(target) {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    jump(cpu, target, op.misc, arena)
+}
+
+/// Jcc handlers by condition code.
+pub(in super::super) const JCC: [super::Handler; 16] = [
+    jcc::<0>, jcc::<1>, jcc::<2>, jcc::<3>, jcc::<4>, jcc::<5>, jcc::<6>, jcc::<7>, jcc::<8>, jcc::<9>, jcc::<10>,
+    jcc::<11>, jcc::<12>, jcc::<13>, jcc::<14>, jcc::<15>,
+];

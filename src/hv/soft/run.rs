@@ -1,0 +1,204 @@
+//! The run loop: what happens between chains of operations.
+//!
+//! ```text
+//!          +--> mail? kick, interrupts --> written code? drop it --> time? timer --> deliver an interrupt
+//!          |                                                                            |
+//!          |                                              halted: sleep until mail or timer
+//!          |                                                                            |
+//!          +---- budget spent, Sync, Halt, fault (delivered) <---- find block, run chain
+//! ```
+//!
+//! A slice of [`SLICE`] instructions takes some ten microseconds: that is how late a kick, an interrupt or a timer
+//! can be noticed, and how rarely the clock is read.
+
+use std::sync::Arc;
+
+use crate::hv::state::VcpuState;
+use crate::hv::{Exit, HvError, Vcpu};
+
+use super::code::CodeCache;
+use super::cpu::{Cpu, slot};
+use super::exec::Delivery;
+use super::fast::{Leave, Patch};
+use super::fault::{Flow, Stop};
+use super::flags::{IF, TF};
+use super::mailbox::Mailbox;
+use crate::units::PAGE_SIZE;
+
+/// Instructions between two looks at the clock. Also bounds how deep handlers may call one another where the
+/// optimiser does not turn their last call into a jump.
+const SLICE: i32 = 2048;
+
+/// What a return to the run loop is charged, so that code which always returns still lets time pass.
+const RETURN_COST: i32 = 8;
+
+/// A vCPU on its thread.
+#[derive(Debug)]
+pub(super) struct SoftVcpu {
+    cpu: Cpu,
+    code: CodeCache,
+    mailbox: Arc<Mailbox>,
+    halted: bool,
+    /// Instructions left of the slice.
+    slice: i32,
+}
+
+impl SoftVcpu {
+    pub(super) fn new(cpu: Cpu, mailbox: Arc<Mailbox>) -> Self {
+        Self { cpu, code: CodeCache::new(), mailbox, halted: false, slice: 0 }
+    }
+
+    fn advance(&mut self) -> Result<Option<Exit>, HvError> {
+        if self.mailbox.any() {
+            if self.mailbox.take_kick() {
+                return Ok(Some(Exit::Kicked));
+            }
+            self.cpu.lapic.poll();
+        }
+        if !self.cpu.code_writes.is_empty() {
+            self.code.drop_written(&mut self.cpu);
+        }
+        if self.slice <= 0 {
+            self.cpu.lapic.poll();
+            self.slice = SLICE;
+        }
+        if self.take_interrupt()? {
+            return Ok(Some(Exit::Shutdown));
+        }
+        if self.halted {
+            self.sleep();
+            return Ok(None);
+        }
+        let trap = self.cpu.system_flags & TF != 0;
+        let outcome = if self.cpu.interrupt_shadow || trap { self.one_instruction() } else { self.chain() };
+        match outcome {
+            Ok(Leave::Halt) => self.halted = true,
+            Ok(_) => {}
+            Err(stop) => return self.stopped(stop),
+        }
+        self.slice -= RETURN_COST;
+        if trap && !self.halted {
+            let delivery = self.cpu.deliver_single_step();
+            return Ok(self.delivered(delivery)?.then_some(Exit::Shutdown));
+        }
+        Ok(None)
+    }
+
+    /// Delivers the highest interrupt if the processor accepts one now; true when that ended in shutdown.
+    fn take_interrupt(&mut self) -> Result<bool, HvError> {
+        if self.cpu.system_flags & IF == 0 || self.cpu.interrupt_shadow {
+            return Ok(false);
+        }
+        let Some(vector) = self.cpu.lapic.deliverable() else { return Ok(false) };
+        self.cpu.lapic.accept(vector);
+        self.halted = false;
+        let delivery = self.cpu.deliver_interrupt(vector);
+        self.delivered(delivery)
+    }
+
+    /// Whether a delivery ended in shutdown.
+    fn delivered(&mut self, delivery: Delivery) -> Result<bool, HvError> {
+        match delivery {
+            Delivery::Done => Ok(false),
+            Delivery::TripleFault => Ok(true),
+            Delivery::Unimplemented(what) => Err(self.unimplemented(what)),
+        }
+    }
+
+    /// Sleeps until mail arrives or the timer is due.
+    fn sleep(&mut self) {
+        let deadline = self.cpu.lapic.next_deadline_ns().and_then(|ns| self.cpu.clock.instant_at(ns));
+        self.mailbox.park_until(deadline);
+        self.slice = 0;
+    }
+
+    /// A slice of decoded code.
+    fn chain(&mut self) -> Result<Leave, Stop> {
+        let mut patch = None;
+        self.cpu.budget = self.slice;
+        loop {
+            let block = self.find(patch.take())?;
+            let Some((op, rest)) = self.code.arena().get(block as usize..).and_then(<[_]>::split_first) else {
+                return Err(Stop::Unimplemented("a block outside the arena"));
+            };
+            self.cpu.regs[slot::PAGE] = self.cpu.rip & !(PAGE_SIZE - 1);
+            self.cpu.patch = None;
+            let leave = (op.run)(&mut self.cpu, op, rest, self.code.arena());
+            self.slice = self.cpu.budget;
+            match leave {
+                Leave::Lookup => patch = self.cpu.patch.take(),
+                Leave::Stopped => return Err(self.cpu.stop),
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// The block at `rip`, and what remembers it by its address.
+    fn find(&mut self, patch: Option<Patch>) -> Result<u32, Stop> {
+        let rip = self.cpu.rip;
+        if !self.cpu.is_64bit() {
+            return Err(Stop::Unimplemented("code outside 64-bit mode"));
+        }
+        let offset = self.cpu.fetch_offset(rip)?;
+        if self.cpu.ram.code_pages().any_written() {
+            self.code.drop_device_written(&mut self.cpu);
+        }
+        let before = self.code.arena().len();
+        let block = self.code.block(&mut self.cpu, offset);
+        self.cpu.jumps.insert(rip, self.cpu.fetch_key(rip), block);
+        // A shrunken arena was cleared: the branch that asked is gone.
+        if let Some(patch) = patch
+            && self.code.arena().len() >= before
+        {
+            self.code.patch(patch, block);
+        }
+        Ok(block)
+    }
+
+    /// One instruction by the general executor: in an interrupt shadow, and when single-stepping (TF).
+    fn one_instruction(&mut self) -> Result<Leave, Stop> {
+        if !self.cpu.is_64bit() {
+            return Err(Stop::Unimplemented("code outside 64-bit mode"));
+        }
+        self.cpu.interrupt_shadow = false;
+        let flow = self.cpu.step()?;
+        Ok(if flow == Flow::Halt { Leave::Halt } else { Leave::Sync })
+    }
+
+    /// Delivers what stopped an instruction, or reports what the engine cannot do.
+    fn stopped(&mut self, stop: Stop) -> Result<Option<Exit>, HvError> {
+        let exception = match stop {
+            Stop::Fault(exception) => exception,
+            Stop::Unimplemented(what) => return Err(self.unimplemented(what)),
+        };
+        self.slice -= RETURN_COST;
+        let delivery = self.cpu.deliver_exception(exception);
+        Ok(self.delivered(delivery)?.then_some(Exit::Shutdown))
+    }
+
+    fn unimplemented(&mut self, what: &'static str) -> HvError {
+        HvError::Unimplemented { rip: self.cpu.rip, bytes: self.cpu.bytes_at_rip(), what }
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self) -> Result<Exit, HvError> {
+        loop {
+            if let Some(exit) = self.advance()? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    fn save(&mut self) -> Result<VcpuState, HvError> {
+        Ok(self.cpu.save(self.halted))
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), HvError> {
+        self.cpu.restore(state)?;
+        self.code.clear(&mut self.cpu);
+        self.halted = state.halted;
+        self.slice = 0;
+        Ok(())
+    }
+}

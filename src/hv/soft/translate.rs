@@ -1,0 +1,539 @@
+//! From instruction bytes to operations: decodes one block and picks each instruction's handler.
+
+use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits};
+
+use crate::mem::GuestRam;
+use crate::units::PAGE_SIZE;
+
+use super::cpu::slot;
+use super::exec::{self, Executor};
+use super::fast::alu::{self, Form};
+use super::fast::branch;
+use super::fast::data::{self, Source};
+use super::fast::fused;
+use super::fast::{Handler, Op, UNLINKED, crossing, general, sse, stack};
+use super::operand::operand_bits;
+use super::step::{self, MAX_LENGTH};
+
+/// Instructions in a block: longer ones gain little, and this bounds how far a chain overruns its budget.
+const MAX_BLOCK: usize = 64;
+
+/// A decoded block: operations, and how many bytes of the page they came from.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) ops: Vec<Op>,
+    pub(super) bytes: u64,
+}
+
+/// Decodes blocks; owns the scratch space that takes.
+#[derive(Debug)]
+pub(super) struct Translator {
+    insns: Vec<Instruction>,
+    info: InfoFactory,
+}
+
+struct InfoFactory(InstructionInfoFactory);
+impl std::fmt::Debug for InfoFactory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("InstructionInfoFactory")
+    }
+}
+
+impl Translator {
+    pub(super) fn new() -> Self {
+        Self { insns: Vec::with_capacity(MAX_BLOCK), info: InfoFactory(InstructionInfoFactory::new()) }
+    }
+
+    /// Decodes the block at a RAM offset. Instructions for the general executor are appended to `general`.
+    pub(super) fn block(&mut self, ram: &GuestRam, at: u64, table: &mut Vec<(Executor, Instruction)>) -> Block {
+        let start = at % PAGE_SIZE;
+        let mut page = [0; PAGE_SIZE as usize];
+        let bytes = &mut page[start as usize..];
+        let _ = ram.read_bytes(at, bytes);
+        self.decode(bytes, start);
+        let mut ops: Vec<Op> = Vec::with_capacity(self.insns.len() + 1);
+        let live = self.flag_liveness();
+        for (insn, &flags) in self.insns.iter().zip(&live) {
+            ops.push(translate(insn, flags, table));
+        }
+        fuse(&self.insns, &mut ops);
+        let end = self.insns.last().map_or(start, Instruction::next_ip);
+        let count = self.insns.len().max(1) as u8;
+        match self.insns.last().map(Instruction::flow_control) {
+            // The very first instruction runs over the page's end, or is none at all: one step tells.
+            None => ops.push(Op { at: start as u16, ..blank(crossing) }),
+            // Cut short: runs on into the next block.
+            Some(FlowControl::Next) => ops.push(Op { imm: end, at: end as u16, ..blank(branch::jmp) }),
+            Some(_) => {}
+        }
+        if let Some(last) = ops.last_mut() {
+            last.misc = count;
+        }
+        Block { ops, bytes: (end - start).max(1) }
+    }
+
+    fn decode(&mut self, bytes: &[u8], start: u64) {
+        self.insns.clear();
+        let mut at = 0;
+        while self.insns.len() < MAX_BLOCK && at < bytes.len() {
+            let window = &bytes[at..(at + MAX_LENGTH).min(bytes.len())];
+            let Ok(insn) = step::decode(window, start + at as u64) else { break };
+            if exec::executor(&insn).is_none() {
+                break;
+            }
+            at += insn.len();
+            self.insns.push(insn);
+            if insn.flow_control() != FlowControl::Next {
+                break;
+            }
+        }
+    }
+
+    /// For each instruction, whether anything may see the arithmetic flags it writes.
+    fn flag_liveness(&mut self) -> Vec<bool> {
+        const ALL: u32 =
+            RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+        let mut live = vec![true; self.insns.len()];
+        let mut needed = true;
+        for (insn, live) in self.insns.iter().zip(&mut live).rev() {
+            *live = needed;
+            let written = (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set() | insn.rflags_undefined())
+                & ALL;
+            // A shift by CL may write nothing.
+            let certain = !matches!(insn.op1_register(), Register::CL);
+            if written == ALL && certain {
+                needed = false;
+            }
+            if insn.rflags_read() & ALL != 0 || may_stop(insn, &mut self.info.0) {
+                needed = true;
+            }
+        }
+        live
+    }
+}
+
+/// Whether an instruction may fault or leave the chain, so that the flags before it can be seen.
+fn may_stop(insn: &Instruction, info: &mut InstructionInfoFactory) -> bool {
+    if pick(insn, true).is_none() {
+        return true;
+    }
+    insn.mnemonic() != Mnemonic::Lea && !info.info(insn).used_memory().is_empty()
+}
+
+fn blank(run: Handler) -> Op {
+    let zero = slot::ZERO as u8;
+    Op { run, imm: 0, disp: 0, link: UNLINKED, dst: zero, src: zero, base: zero, index: zero, at: 0, len: 0, misc: 0 }
+}
+
+/// The operation for an instruction: its own handler, or the general executor.
+fn translate(insn: &Instruction, flags: bool, table: &mut Vec<(Executor, Instruction)>) -> Op {
+    let mut op = pick(insn, flags).unwrap_or_else(|| {
+        let index = table.len() as u64;
+        if let Some(execute) = exec::executor(insn) {
+            table.push((execute, *insn));
+        }
+        Op { imm: index, ..blank(general) }
+    });
+    op.at = insn.ip() as u16;
+    op.len = insn.len() as u8;
+    op
+}
+
+/// Makes one operation of a CMP or TEST and the conditional jump that ends the block after it.
+fn fuse(insns: &[Instruction], ops: &mut Vec<Op>) {
+    let ([.., compare, jump], [.., first, second]) = (insns, ops.as_slice()) else { return };
+    let test = compare.mnemonic() == Mnemonic::Test;
+    let Some(condition) = (jump.condition_code() as usize).checked_sub(1) else { return };
+    let target = jump.near_branch_target();
+    let fusible = (test || compare.mnemonic() == Mnemonic::Cmp)
+        && jump.is_jcc_short_or_near()
+        && jump.op0_kind() == OpKind::NearBranch64
+        && target < PAGE_SIZE
+        && register(compare, 0).is_some()
+        && !is_memory(compare, 1)
+        && (compare.op_kind(1) != OpKind::Register || register(compare, 1).is_some());
+    if !fusible {
+        return;
+    }
+    let immediate = compare.op_kind(1) != OpKind::Register;
+    let [base, index] = (target as u16).to_le_bytes();
+    let fused = Op {
+        run: fused::handler(test, immediate, operand_bits(compare, 0), condition),
+        disp: UNLINKED as i32,
+        base,
+        index,
+        len: first.len + second.len,
+        ..*first
+    };
+    ops.truncate(ops.len() - 2);
+    ops.push(fused);
+}
+
+/// The operation with a handler of its own for an instruction, if there is one.
+fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
+    if insn.has_lock_prefix() {
+        return None;
+    }
+    match insn.mnemonic() {
+        Mnemonic::Mov => mov(insn),
+        Mnemonic::Movzx => extension(insn, false),
+        Mnemonic::Movsx | Mnemonic::Movsxd => extension(insn, true),
+        Mnemonic::Lea => lea(insn),
+        Mnemonic::Add
+        | Mnemonic::Adc
+        | Mnemonic::Sub
+        | Mnemonic::Sbb
+        | Mnemonic::Cmp
+        | Mnemonic::And
+        | Mnemonic::Or
+        | Mnemonic::Xor
+        | Mnemonic::Test => arithmetic(insn, flags),
+        Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Neg | Mnemonic::Not => unary(insn, flags),
+        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol | Mnemonic::Ror => shift(insn, flags),
+        Mnemonic::Imul => imul(insn, flags),
+        Mnemonic::Nop | Mnemonic::Endbr64 => Some(blank(data::nop)),
+        _ => by_code(insn).or_else(|| by_condition(insn)).or_else(|| sse_move(insn)).or_else(|| sse_logic(insn)),
+    }
+}
+
+/// The slot of a general register operand; the high byte registers have none.
+fn register(insn: &Instruction, n: u32) -> Option<u8> {
+    let register = insn.op_register(n);
+    let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
+    (insn.op_kind(n) == OpKind::Register && register.is_gpr() && !high)
+        .then(|| register.full_register().number() as u8)
+}
+
+fn is_memory(insn: &Instruction, n: u32) -> bool {
+    insn.op_kind(n) == OpKind::Memory
+}
+
+/// Resolves the memory operand into `op`; whether it has a second component.
+fn memory(insn: &Instruction, op: &mut Op) -> Option<bool> {
+    let (base, index) = (insn.memory_base(), insn.memory_index());
+    op.base = match base {
+        Register::RIP => slot::PAGE as u8,
+        Register::None if index == Register::None && insn.memory_displ_size() == 4 => return None,
+        Register::None => slot::ZERO as u8,
+        _ if base.is_gpr64() => base.number() as u8,
+        _ => return None,
+    };
+    op.disp = i32::try_from(insn.memory_displacement64() as i64).ok()?;
+    let segment = match insn.memory_segment() {
+        Register::FS => Some(slot::FS_BASE as u8),
+        Register::GS => Some(slot::GS_BASE as u8),
+        _ => None,
+    };
+    match (index, segment) {
+        (Register::None, None) => Some(false),
+        (Register::None, Some(base)) => {
+            op.index = base;
+            Some(true)
+        }
+        (_, None) if index.is_gpr64() => {
+            op.index = index.number() as u8;
+            op.misc = insn.memory_index_scale().trailing_zeros() as u8;
+            Some(true)
+        }
+        _ => None,
+    }
+}
+
+fn mov(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    if is_memory(insn, 0) {
+        let indexed = memory(insn, &mut op)?;
+        match insn.op_kind(1) {
+            OpKind::Register => op.src = register(insn, 1)?,
+            _ => op.imm = insn.immediate(1),
+        }
+        op.run = data::mov_store(operand_bits(insn, 0), indexed);
+        return Some(op);
+    }
+    op.dst = register(insn, 0)?;
+    let bits = operand_bits(insn, 0);
+    op.run = match insn.op_kind(1) {
+        OpKind::Register => {
+            op.src = register(insn, 1)?;
+            data::mov_registers(bits)
+        }
+        OpKind::Memory => data::mov_load(bits, memory(insn, &mut op)?),
+        _ => {
+            op.imm = insn.immediate(1);
+            data::mov_immediate(bits)
+        }
+    };
+    Some(op)
+}
+
+fn extension(insn: &Instruction, signed: bool) -> Option<Op> {
+    let mut op = blank(data::nop);
+    op.dst = register(insn, 0)?;
+    let source = if is_memory(insn, 1) {
+        if memory(insn, &mut op)? { Source::Indexed } else { Source::Memory }
+    } else {
+        op.src = register(insn, 1)?;
+        Source::Register
+    };
+    op.run = data::extend(operand_bits(insn, 1), operand_bits(insn, 0), signed, source)?;
+    Some(op)
+}
+
+fn lea(insn: &Instruction) -> Option<Op> {
+    if matches!(insn.memory_segment(), Register::FS | Register::GS) {
+        return None;
+    }
+    let mut op = blank(data::nop);
+    op.dst = register(insn, 0)?;
+    let indexed = memory(insn, &mut op)?;
+    op.run = data::lea(operand_bits(insn, 0), indexed)?;
+    Some(op)
+}
+
+fn arithmetic(insn: &Instruction, flags: bool) -> Option<Op> {
+    let mut op = blank(data::nop);
+    let (mut form, mut indexed) = (Form::Rr, false);
+    if is_memory(insn, 0) {
+        form = Form::Mr;
+        indexed = memory(insn, &mut op)?;
+    } else {
+        op.dst = register(insn, 0)?;
+    }
+    match insn.op_kind(1) {
+        OpKind::Register => op.src = register(insn, 1)?,
+        OpKind::Memory => {
+            form = Form::Rm;
+            indexed = memory(insn, &mut op)?;
+        }
+        _ => {
+            op.imm = insn.immediate(1);
+            if form == Form::Rr {
+                form = Form::Ri;
+            }
+        }
+    }
+    op.run = alu::handler(insn.mnemonic(), operand_bits(insn, 0), flags, form, indexed)?;
+    Some(op)
+}
+
+fn unary(insn: &Instruction, flags: bool) -> Option<Op> {
+    let mut op = blank(data::nop);
+    let (mut form, mut indexed) = (Form::Rr, false);
+    if is_memory(insn, 0) {
+        form = Form::Mr;
+        indexed = memory(insn, &mut op)?;
+    } else {
+        op.dst = register(insn, 0)?;
+    }
+    op.run = alu::handler(insn.mnemonic(), operand_bits(insn, 0), flags, form, indexed)?;
+    Some(op)
+}
+
+fn shift(insn: &Instruction, flags: bool) -> Option<Op> {
+    let mut op = blank(data::nop);
+    op.dst = register(insn, 0)?;
+    let bits = operand_bits(insn, 0);
+    let by_cl = insn.op_kind(1) == OpKind::Register;
+    if !by_cl {
+        let count = insn.immediate(1) & if bits == 64 { 63 } else { 31 };
+        if count == 0 {
+            return None;
+        }
+        op.imm = count;
+    }
+    op.run = alu::shift_handler(insn.mnemonic(), bits, flags, by_cl)?;
+    Some(op)
+}
+
+fn imul(insn: &Instruction, flags: bool) -> Option<Op> {
+    let mut op = blank(data::nop);
+    op.dst = register(insn, 0)?;
+    if insn.op_count() == 1 {
+        return None;
+    }
+    op.src = register(insn, 1)?;
+    if insn.op_count() == 3 {
+        op.imm = insn.immediate(2);
+    }
+    op.run = alu::imul_handler(operand_bits(insn, 0), flags, insn.op_count() == 3)?;
+    Some(op)
+}
+
+fn by_code(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    op.run = match insn.code() {
+        Code::Push_r64 => {
+            op.src = register(insn, 0)?;
+            stack::push
+        }
+        Code::Pushq_imm8 | Code::Pushq_imm32 => {
+            op.imm = insn.immediate(0);
+            stack::push
+        }
+        Code::Pop_r64 => {
+            op.dst = register(insn, 0)?;
+            stack::pop
+        }
+        Code::Leaveq => stack::leave,
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => {
+            op.imm = insn.near_branch_target();
+            branch::jmp
+        }
+        Code::Call_rel32_64 => {
+            op.imm = insn.near_branch_target();
+            branch::call
+        }
+        Code::Retnq => branch::ret,
+        Code::Retnq_imm16 => {
+            op.imm = insn.immediate(0);
+            branch::ret
+        }
+        Code::Jmp_rm64 if is_memory(insn, 0) => {
+            if memory(insn, &mut op)? {
+                return None;
+            }
+            branch::jmp_memory
+        }
+        Code::Jmp_rm64 => {
+            op.dst = register(insn, 0)?;
+            branch::jmp_register
+        }
+        Code::Call_rm64 => {
+            op.dst = register(insn, 0)?;
+            branch::call_register
+        }
+        Code::Cdqe => data::cdqe,
+        Code::Cqo => data::cqo,
+        Code::Cdq => data::cdq,
+        Code::Bswap_r32 => {
+            op.dst = register(insn, 0)?;
+            data::bswap32
+        }
+        Code::Bswap_r64 => {
+            op.dst = register(insn, 0)?;
+            data::bswap64
+        }
+        Code::Xchg_rm64_r64 | Code::Xchg_r64_RAX | Code::Xchg_rm32_r32 | Code::Xchg_r32_EAX => {
+            op.dst = register(insn, 0)?;
+            op.src = register(insn, 1)?;
+            data::xchg(operand_bits(insn, 0))
+        }
+        _ => return None,
+    };
+    Some(op)
+}
+
+fn by_condition(insn: &Instruction) -> Option<Op> {
+    // iced numbers the conditions from 1 in the order of their encoding.
+    let condition = (insn.condition_code() as usize).checked_sub(1)?;
+    let mut op = blank(data::nop);
+    op.run = if insn.is_jcc_short_or_near() && insn.op0_kind() == OpKind::NearBranch64 {
+        op.imm = insn.near_branch_target();
+        op.disp = UNLINKED as i32;
+        branch::JCC[condition & 15]
+    } else if matches!(insn.mnemonic(), Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz) {
+        return None;
+    } else if insn.op_count() == 1 {
+        if !operand_is_setcc(insn) {
+            return None;
+        }
+        op.dst = register(insn, 0)?;
+        data::setcc(condition)
+    } else if insn.op_count() == 2 {
+        op.dst = register(insn, 0)?;
+        let from_memory = is_memory(insn, 1);
+        if from_memory {
+            memory(insn, &mut op)?;
+        } else {
+            op.src = register(insn, 1)?;
+        }
+        data::cmov(condition, operand_bits(insn, 0), from_memory)?
+    } else {
+        return None;
+    };
+    Some(op)
+}
+
+fn operand_is_setcc(insn: &Instruction) -> bool {
+    // Of the instructions with a condition and one operand, only SETcc has a byte register.
+    insn.op_kind(0) == OpKind::Register && insn.op_register(0).is_gpr8()
+}
+
+/// The slot of an XMM register operand.
+fn xmm(insn: &Instruction, n: u32) -> Option<u8> {
+    let register = insn.op_register(n);
+    (insn.op_kind(n) == OpKind::Register && register.is_xmm()).then(|| register.number() as u8)
+}
+
+fn sse_move(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    // Full-width moves: whether memory must be aligned.
+    let full = match insn.mnemonic() {
+        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa => Some(true),
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu => Some(false),
+        _ => None,
+    };
+    if let Some(aligned) = full {
+        op.run = match (xmm(insn, 0), xmm(insn, 1)) {
+            (Some(dst), Some(src)) => {
+                (op.dst, op.src) = (dst, src);
+                sse::mov_registers
+            }
+            (Some(dst), None) => {
+                op.dst = dst;
+                sse::load128(aligned, memory(insn, &mut op)?)
+            }
+            (None, Some(src)) => {
+                op.src = src;
+                sse::store128(aligned, memory(insn, &mut op)?)
+            }
+            (None, None) => return None,
+        };
+        return Some(op);
+    }
+    op.run = match insn.code() {
+        Code::Movd_xmm_rm32 | Code::Movq_xmm_rm64 if !is_memory(insn, 1) => {
+            (op.dst, op.src) = (xmm(insn, 0)?, register(insn, 1)?);
+            sse::general_to_xmm(operand_bits(insn, 1))
+        }
+        Code::Movd_rm32_xmm | Code::Movq_rm64_xmm if !is_memory(insn, 0) => {
+            (op.dst, op.src) = (register(insn, 0)?, xmm(insn, 1)?);
+            sse::xmm_to_general(operand_bits(insn, 0))
+        }
+        Code::Movd_xmm_rm32
+        | Code::Movq_xmm_rm64
+        | Code::Movq_xmm_xmmm64
+        | Code::Movss_xmm_xmmm32
+        | Code::Movsd_xmm_xmmm64
+            if is_memory(insn, 1) =>
+        {
+            op.dst = xmm(insn, 0)?;
+            sse::load_part(operand_bits(insn, 1), memory(insn, &mut op)?)
+        }
+        Code::Movd_rm32_xmm
+        | Code::Movq_rm64_xmm
+        | Code::Movq_xmmm64_xmm
+        | Code::Movss_xmmm32_xmm
+        | Code::Movsd_xmmm64_xmm
+            if is_memory(insn, 0) =>
+        {
+            op.src = xmm(insn, 1)?;
+            sse::store_part(operand_bits(insn, 0), memory(insn, &mut op)?)
+        }
+        _ => return None,
+    };
+    Some(op)
+}
+
+fn sse_logic(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    let in_memory = is_memory(insn, 1);
+    op.run = sse::logic(insn.mnemonic(), in_memory)?;
+    op.dst = xmm(insn, 0)?;
+    if in_memory {
+        memory(insn, &mut op)?;
+    } else {
+        op.src = xmm(insn, 1)?;
+    }
+    Some(op)
+}

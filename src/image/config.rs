@@ -1,0 +1,219 @@
+//! The image's configuration (image-spec, config.md): what to run, as whom, where, with what.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde::Deserializer;
+use serde::Serialize;
+
+use crate::image::digest::Digest;
+
+/// Longest single text: the kernel's `MAX_ARG_STRLEN`, 32 pages, beyond which `execve` refuses.
+const MAX_STRING: usize = 128 << 10;
+
+/// All arguments and environment together: the kernel's default limit (a quarter of an 8 MiB stack).
+const MAX_STRINGS_TOTAL: usize = 2 << 20;
+
+/// What the image's author configured. Every field may be empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ImageConfig {
+    /// `ENTRYPOINT`: the program and its first arguments.
+    pub entrypoint: Vec<String>,
+    /// `CMD`: the default arguments, or the program if there is no entrypoint.
+    pub cmd: Vec<String>,
+    /// `ENV`: `NAME=value` texts, in order.
+    pub env: Vec<String>,
+    /// `WORKDIR`: absolute path of the working folder.
+    pub working_dir: Option<String>,
+    /// `USER`: `user`, `uid`, `user:group`, `uid:gid`...
+    pub user: Option<String>,
+    /// `STOPSIGNAL`, e.g. `SIGTERM`.
+    pub stop_signal: Option<String>,
+    /// `EXPOSE`: e.g. `80/tcp`.
+    pub exposed_ports: Vec<String>,
+    /// `LABEL`.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Why a configuration was not accepted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Not the JSON of an image configuration.
+    #[error("configuration is not valid json of the expected form")]
+    Json(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The image is made for another processor or system.
+    #[error("image is for {os}/{architecture}, not linux/amd64")]
+    Platform {
+        /// The system.
+        os: String,
+        /// The processor.
+        architecture: String,
+    },
+    /// A text contains a NUL byte, which no process can receive.
+    #[error("{field} contains a nul byte")]
+    Nul {
+        /// Which field.
+        field: &'static str,
+    },
+    /// Texts that no process could be started with.
+    #[error("{field} is longer than {limit} bytes")]
+    TooLong {
+        /// Which field.
+        field: &'static str,
+        /// The limit, in bytes.
+        limit: usize,
+    },
+}
+
+#[derive(Deserialize)]
+struct RawDocument {
+    #[serde(default, deserialize_with = "null_as_default")]
+    architecture: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    os: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    config: RawConfig,
+    rootfs: RawRootfs,
+}
+
+#[derive(Deserialize)]
+struct RawRootfs {
+    #[serde(default, deserialize_with = "null_as_default")]
+    diff_ids: Vec<Digest>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct RawConfig {
+    #[serde(deserialize_with = "null_as_default")]
+    entrypoint: Vec<String>,
+    #[serde(deserialize_with = "null_as_default")]
+    cmd: Vec<String>,
+    #[serde(deserialize_with = "null_as_default")]
+    env: Vec<String>,
+    #[serde(deserialize_with = "null_as_default")]
+    working_dir: String,
+    #[serde(deserialize_with = "null_as_default")]
+    user: String,
+    #[serde(deserialize_with = "null_as_default")]
+    stop_signal: String,
+    #[serde(deserialize_with = "null_as_default")]
+    exposed_ports: BTreeMap<String, serde::de::IgnoredAny>,
+    #[serde(deserialize_with = "null_as_default")]
+    labels: BTreeMap<String, String>,
+}
+
+/// Whether an `ENV` text sets anything; Docker ignores one that does not, so it is dropped here.
+fn is_assignment(entry: &str) -> bool {
+    entry.split_once('=').is_some_and(|(name, _)| !name.is_empty())
+}
+
+/// Builders written in Go write `null` for an empty list.
+fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(input: D) -> Result<T, D::Error> {
+    Ok(Option::<T>::deserialize(input)?.unwrap_or_default())
+}
+
+impl ImageConfig {
+    /// Largest accepted configuration, in bytes; real ones have a few KiB.
+    pub(super) const MAX_SIZE: u64 = 4 << 20;
+
+    /// The command the image runs by default: `ENTRYPOINT` followed by `CMD`.
+    ///
+    /// ```
+    /// let mut config = kiln::image::ImageConfig::default();
+    /// config.entrypoint = vec!["python3".into()];
+    /// config.cmd = vec!["-V".into()];
+    /// assert_eq!(config.command(), ["python3", "-V"]);
+    /// ```
+    #[must_use]
+    pub fn command(&self) -> Vec<String> {
+        self.entrypoint.iter().chain(&self.cmd).cloned().collect()
+    }
+
+    /// Parses a configuration; also returns the digests of the uncompressed layers, lowest first.
+    pub(super) fn parse(bytes: &[u8]) -> Result<(Self, Vec<Digest>), ConfigError> {
+        let raw: RawDocument = serde_json::from_slice(bytes).map_err(|error| ConfigError::Json(error.into()))?;
+        if raw.os != "linux" || raw.architecture != "amd64" {
+            return Err(ConfigError::Platform { os: raw.os, architecture: raw.architecture });
+        }
+        let some = |text: String| (!text.is_empty()).then_some(text);
+        let config = Self {
+            entrypoint: raw.config.entrypoint,
+            cmd: raw.config.cmd,
+            env: raw.config.env.into_iter().filter(|entry| is_assignment(entry)).collect(),
+            working_dir: some(raw.config.working_dir),
+            user: some(raw.config.user),
+            stop_signal: some(raw.config.stop_signal),
+            exposed_ports: raw.config.exposed_ports.into_keys().collect(),
+            labels: raw.config.labels,
+        };
+        config.check()?;
+        Ok((config, raw.rootfs.diff_ids))
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let lists = [("entrypoint", &self.entrypoint), ("cmd", &self.cmd), ("env", &self.env)];
+        let single = [("working dir", &self.working_dir), ("user", &self.user), ("stop signal", &self.stop_signal)];
+        let mut total = 0_usize;
+        let listed = lists.into_iter().flat_map(|(field, list)| list.iter().map(move |text| (field, text)));
+        let singles = single.into_iter().filter_map(|(field, text)| text.as_ref().map(|text| (field, text)));
+        for (field, text) in listed.chain(singles) {
+            total = total.saturating_add(text.len());
+            if text.len() >= MAX_STRING {
+                return Err(ConfigError::TooLong { field, limit: MAX_STRING });
+            }
+            if total > MAX_STRINGS_TOTAL {
+                return Err(ConfigError::TooLong { field, limit: MAX_STRINGS_TOTAL });
+            }
+            if text.contains('\0') {
+                return Err(ConfigError::Nul { field });
+            }
+        }
+        Ok(())
+    }
+
+    /// The document that [`ImageConfig::parse`] reads back.
+    pub(super) fn to_json(&self, diff_ids: &[Digest]) -> Vec<u8> {
+        #[derive(Serialize)]
+        struct Document<'a> {
+            architecture: &'a str,
+            os: &'a str,
+            config: Config<'a>,
+            rootfs: Rootfs<'a>,
+        }
+        #[derive(Serialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Config<'a> {
+            entrypoint: &'a [String],
+            cmd: &'a [String],
+            env: &'a [String],
+            working_dir: &'a Option<String>,
+            user: &'a Option<String>,
+            stop_signal: &'a Option<String>,
+            exposed_ports: BTreeMap<&'a str, Empty>,
+            labels: &'a BTreeMap<String, String>,
+        }
+        #[derive(Serialize)]
+        struct Empty {}
+        #[derive(Serialize)]
+        struct Rootfs<'a> {
+            r#type: &'a str,
+            diff_ids: &'a [Digest],
+        }
+        let config = Config {
+            entrypoint: &self.entrypoint,
+            cmd: &self.cmd,
+            env: &self.env,
+            working_dir: &self.working_dir,
+            user: &self.user,
+            stop_signal: &self.stop_signal,
+            exposed_ports: self.exposed_ports.iter().map(|port| (port.as_str(), Empty {})).collect(),
+            labels: &self.labels,
+        };
+        let rootfs = Rootfs { r#type: "layers", diff_ids };
+        let document = Document { architecture: "amd64", os: "linux", config, rootfs };
+        serde_json::to_vec(&document).expect("texts and maps with text keys always serialise")
+    }
+}

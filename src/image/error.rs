@@ -1,0 +1,254 @@
+//! What can go wrong on the way to an [`Image`](crate::image::Image), one enum per operation.
+
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::image::config::ConfigError;
+use crate::image::digest::Digest;
+use crate::image::reference::ReferenceError;
+use crate::image::store::BlobError;
+use crate::image::store::StoreError;
+
+/// Why a manifest, and what it leads to, does not describe an image that can run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// Not the JSON of a manifest or an index.
+    #[error("manifest is not valid")]
+    Json(#[source] Box<dyn Error + Send + Sync>),
+    /// A manifest of another generation, e.g. schema 1.
+    #[error("manifest has schema version {0}, expected 2")]
+    SchemaVersion(u64),
+    /// The layers are of a kind that cannot be applied (encrypted, foreign, not tar...).
+    #[error("layer media type {0:?} is not supported")]
+    LayerMediaType(String),
+    /// An index leads to an index leads to an index...
+    #[error("image indexes are nested more than {0} deep")]
+    IndexDepth(usize),
+    /// More layers than any real image has.
+    #[error("image has {found} layers, more than {limit}")]
+    TooManyLayers {
+        /// How many it has.
+        found: usize,
+        /// How many are accepted.
+        limit: usize,
+    },
+    /// Manifest and configuration disagree.
+    #[error("manifest lists {manifest} layers, configuration {config}")]
+    LayerCount {
+        /// Layers of the manifest.
+        manifest: usize,
+        /// `diff_ids` of the configuration.
+        config: usize,
+    },
+    /// The image is made for another processor or system.
+    #[error("no image for linux/amd64")]
+    NoPlatform,
+    /// The configuration is not acceptable.
+    #[error("image configuration is not valid")]
+    Config(#[from] ConfigError),
+    /// The store failed.
+    #[error("the image store failed")]
+    Store(#[from] StoreError),
+}
+
+/// Why a pull failed. Whatever the reason, nothing half-written is left in the store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PullError {
+    /// The reference does not parse.
+    #[error("the image reference is not valid")]
+    Reference(#[from] ReferenceError),
+    /// The registry has no such repository, tag or digest; or, with
+    /// [`PullPolicy::Never`](crate::image::PullPolicy::Never), the store has not.
+    #[error("no image {reference}")]
+    UnknownImage {
+        /// The reference.
+        reference: String,
+    },
+    /// The registry wants (other) credentials.
+    #[error("not authorized to pull {reference}")]
+    Unauthorized {
+        /// The reference.
+        reference: String,
+    },
+    /// Content has another digest than promised.
+    #[error("{what} has digest {found}, expected {expected}")]
+    DigestMismatch {
+        /// Which blob.
+        what: String,
+        /// The promised digest.
+        expected: Digest,
+        /// The digest of what arrived.
+        found: Digest,
+    },
+    /// A blob is shorter than its descriptor says.
+    #[error("{what} ends after {found} of {expected} bytes")]
+    Truncated {
+        /// Which blob.
+        what: String,
+        /// The promised size, in bytes.
+        expected: u64,
+        /// What arrived, in bytes.
+        found: u64,
+    },
+    /// A blob is longer than its descriptor says or than is accepted.
+    #[error("{what} is longer than {limit} bytes")]
+    TooLarge {
+        /// Which blob.
+        what: String,
+        /// The promised size or the limit, in bytes.
+        limit: u64,
+    },
+    /// The manifest or configuration cannot be used.
+    #[error("the image cannot be used")]
+    Manifest(#[source] ManifestError),
+    /// The registry answered outside the protocol or with a server error.
+    #[error("the registry's answer for {what} cannot be used")]
+    Registry {
+        /// What was asked for.
+        what: String,
+        /// The answer.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The connection failed or broke.
+    #[error("connection to the registry failed while fetching {what}")]
+    Network {
+        /// What was being fetched.
+        what: String,
+        /// What the network said.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The registry went silent or was too slow.
+    #[error("the registry took more than {limit:?} for {what}")]
+    Timeout {
+        /// What was being fetched.
+        what: String,
+        /// The deadline it missed.
+        limit: Duration,
+    },
+    /// The store failed.
+    #[error("the image store failed")]
+    Store(#[from] StoreError),
+}
+
+impl From<BlobError> for PullError {
+    fn from(error: BlobError) -> Self {
+        match error {
+            BlobError::DigestMismatch { what, expected, found } => Self::DigestMismatch { what, expected, found },
+            BlobError::Truncated { what, expected, found } => Self::Truncated { what, expected, found },
+            BlobError::TooLarge { what, limit } => Self::TooLarge { what, limit },
+            BlobError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
+impl From<ManifestError> for PullError {
+    fn from(error: ManifestError) -> Self {
+        match error {
+            ManifestError::Store(error) => Self::Store(error),
+            error => Self::Manifest(error),
+        }
+    }
+}
+
+/// Why an OCI layout folder could not be imported or written. Nothing half-written is left.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutError {
+    /// A file of the layout cannot be read or written.
+    #[error("layout i/o at {path}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The folder is not an OCI layout of version 1.
+    #[error("{path} is not an oci layout: {reason}")]
+    NotALayout {
+        /// The folder.
+        path: PathBuf,
+        /// What is missing or wrong.
+        reason: &'static str,
+    },
+    /// No entry of `index.json` has this tag.
+    #[error("the layout has no image tagged {tag:?}")]
+    UnknownImage {
+        /// The tag asked for.
+        tag: String,
+    },
+    /// There are several images; a tag must choose.
+    #[error("the layout holds {count} images; name one by its tag")]
+    Ambiguous {
+        /// How many.
+        count: usize,
+    },
+    /// A blob that the layout refers to is not in it.
+    #[error("the layout lacks {what}, blob {digest}")]
+    MissingBlob {
+        /// What it would be.
+        what: String,
+        /// Its digest.
+        digest: Digest,
+    },
+    /// Content has another digest than promised.
+    #[error("{what} has digest {found}, expected {expected}")]
+    DigestMismatch {
+        /// Which blob.
+        what: String,
+        /// The promised digest.
+        expected: Digest,
+        /// The digest of the content.
+        found: Digest,
+    },
+    /// A blob is shorter than its descriptor says.
+    #[error("{what} ends after {found} of {expected} bytes")]
+    Truncated {
+        /// Which blob.
+        what: String,
+        /// The promised size, in bytes.
+        expected: u64,
+        /// What is there, in bytes.
+        found: u64,
+    },
+    /// A blob is longer than its descriptor says or than is accepted.
+    #[error("{what} is longer than {limit} bytes")]
+    TooLarge {
+        /// Which blob.
+        what: String,
+        /// The promised size or the limit, in bytes.
+        limit: u64,
+    },
+    /// The manifest or configuration cannot be used.
+    #[error("the image cannot be used")]
+    Manifest(#[source] ManifestError),
+    /// The store failed.
+    #[error("the image store failed")]
+    Store(#[from] StoreError),
+}
+
+impl From<BlobError> for LayoutError {
+    fn from(error: BlobError) -> Self {
+        match error {
+            BlobError::DigestMismatch { what, expected, found } => Self::DigestMismatch { what, expected, found },
+            BlobError::Truncated { what, expected, found } => Self::Truncated { what, expected, found },
+            BlobError::TooLarge { what, limit } => Self::TooLarge { what, limit },
+            BlobError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
+impl From<ManifestError> for LayoutError {
+    fn from(error: ManifestError) -> Self {
+        match error {
+            ManifestError::Store(error) => Self::Store(error),
+            error => Self::Manifest(error),
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Importing from an OCI layout folder (image-spec, image-layout.md).
+//!
+//! The folder is read, never written or trusted: sizes are limited before reading, digests are
+//! checked while copying, and file names come from checked digests only.
+
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::io;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::image::Image;
+use crate::image::config::ImageConfig;
+use crate::image::digest::Digest;
+use crate::image::error::LayoutError;
+use crate::image::error::ManifestError;
+use crate::image::manifest::Descriptor;
+use crate::image::manifest::Index;
+use crate::image::manifest::MAX_INDEX_DEPTH;
+use crate::image::manifest::Manifest;
+use crate::image::manifest::Resolved;
+use crate::image::store::ExpectedBlob;
+use crate::image::store::ImageStore;
+use crate::image::store::run_blocking;
+
+/// See [`ImageStore::import_oci_layout`].
+///
+/// One blocking job a blob, so that a dropped future stops the import at the next one.
+pub(super) async fn import(store: &ImageStore, folder: &Path, tag: Option<&str>) -> Result<Image, LayoutError> {
+    let layout = Layout { folder: folder.to_owned() };
+    let (store_, tag) = (store.clone(), tag.map(str::to_owned));
+    let (layout, digest, manifest, config) = run_blocking(move || {
+        let (digest, manifest) = layout.resolve(&store_, tag.as_deref())?;
+        let config = layout.read_blob("configuration", &manifest.config, ImageConfig::MAX_SIZE)?;
+        store_.put_small(&manifest.config.digest, &config)?;
+        Ok::<_, LayoutError>((layout, digest, manifest, config))
+    })
+    .await?;
+    for (index, layer) in manifest.layers.iter().enumerate() {
+        let (store, layout, layer) = (store.clone(), layout.clone(), layer.clone());
+        run_blocking(move || layout.copy_layer(&store, index, &layer)).await?;
+    }
+    Ok(store.assemble(digest, &manifest, &config)?)
+}
+
+#[derive(Clone)]
+struct Layout {
+    folder: PathBuf,
+}
+
+impl Layout {
+    /// Follows the tag through indexes to an image manifest; both end up in the store.
+    fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest), LayoutError> {
+        self.check_version()?;
+        let mut descriptor = self.entry(tag)?;
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let bytes = self.read_blob("manifest", &descriptor, Manifest::MAX_SIZE)?;
+            match Resolved::parse(&bytes)? {
+                Resolved::Image(manifest) => {
+                    store.put_small(&descriptor.digest, &bytes)?;
+                    return Ok((descriptor.digest, manifest));
+                }
+                Resolved::Index(index) => descriptor = index.choose()?.clone(),
+            }
+        }
+        Err(ManifestError::IndexDepth(MAX_INDEX_DEPTH).into())
+    }
+
+    fn check_version(&self) -> Result<(), LayoutError> {
+        #[derive(Deserialize)]
+        struct Marker {
+            #[serde(rename = "imageLayoutVersion")]
+            version: String,
+        }
+        let refuse = |reason| LayoutError::NotALayout { path: self.folder.clone(), reason };
+        let bytes = match self.read("oci-layout", Manifest::MAX_SIZE) {
+            Err(LayoutError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(refuse("no oci-layout file"));
+            }
+            result => result?,
+        };
+        let marker: Marker = serde_json::from_slice(&bytes).map_err(|_| refuse("oci-layout is not valid json"))?;
+        if !marker.version.starts_with("1.") {
+            return Err(refuse("image layout version is not 1"));
+        }
+        Ok(())
+    }
+
+    fn entry(&self, tag: Option<&str>) -> Result<Descriptor, LayoutError> {
+        let bytes = self.read("index.json", Manifest::MAX_SIZE)?;
+        let Resolved::Index(index) = Resolved::parse(&bytes)? else {
+            return Err(LayoutError::NotALayout { path: self.folder.clone(), reason: "index.json is not an index" });
+        };
+        select(&index, tag).cloned()
+    }
+
+    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, LayoutError> {
+        let path = self.folder.join(name);
+        let mut bytes = Vec::new();
+        open_regular(&path)
+            .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
+            .map_err(|source| LayoutError::Io { path, source })?;
+        if bytes.len() as u64 > limit {
+            return Err(LayoutError::TooLarge { what: name.to_owned(), limit });
+        }
+        Ok(bytes)
+    }
+
+    fn open_blob(&self, what: &str, digest: &Digest) -> Result<File, LayoutError> {
+        let path = self.folder.join("blobs/sha256").join(digest.hex());
+        open_regular(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => LayoutError::MissingBlob { what: what.to_owned(), digest: *digest },
+            _ => LayoutError::Io { path, source },
+        })
+    }
+
+    fn read_blob(&self, what: &str, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>, LayoutError> {
+        if descriptor.size > limit {
+            return Err(LayoutError::TooLarge { what: what.to_owned(), limit });
+        }
+        let mut bytes = Vec::new();
+        self.open_blob(what, &descriptor.digest)?
+            .take(descriptor.size + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|source| LayoutError::Io { path: self.folder.clone(), source })?;
+        let found = bytes.len() as u64;
+        if found < descriptor.size {
+            return Err(LayoutError::Truncated { what: what.to_owned(), expected: descriptor.size, found });
+        }
+        if found > descriptor.size {
+            return Err(LayoutError::TooLarge { what: what.to_owned(), limit: descriptor.size });
+        }
+        let found = Digest::of(&bytes);
+        if found != descriptor.digest {
+            return Err(LayoutError::DigestMismatch { what: what.to_owned(), expected: descriptor.digest, found });
+        }
+        Ok(bytes)
+    }
+
+    fn copy_layer(&self, store: &ImageStore, index: usize, layer: &Descriptor) -> Result<(), LayoutError> {
+        if store.contains(&layer.digest, layer.size) {
+            return Ok(());
+        }
+        let what = format!("layer {index}");
+        let mut file = self.open_blob(&what, &layer.digest)?;
+        let expected = ExpectedBlob { what, digest: layer.digest, size: layer.size };
+        Ok(store.put_from(expected, &mut file)?)
+    }
+}
+
+fn select<'a>(index: &'a Index, tag: Option<&str>) -> Result<&'a Descriptor, LayoutError> {
+    if let Some(tag) = tag {
+        let found = index.candidates().find(|entry| entry.ref_name() == Some(tag));
+        return found.ok_or_else(|| LayoutError::UnknownImage { tag: tag.to_owned() });
+    }
+    let mut candidates = index.candidates();
+    match (candidates.next(), candidates.count()) {
+        (Some(only), 0) => Ok(only),
+        (Some(_), more) => Err(LayoutError::Ambiguous { count: more + 1 }),
+        (None, _) => Err(ManifestError::NoPlatform.into()),
+    }
+}
+
+/// Opens a regular file; a FIFO or device in a hostile folder must not make the reader wait.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+    let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
+    }
+}

@@ -1,0 +1,156 @@
+//! Manifests and indexes (image-spec manifest.md and image-index.md; Docker's schema 2 twins).
+//!
+//! Only the fields that decide something are read. Own types rather than `oci-client`'s, because
+//! layouts share them and because digests parse to a checked type here.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::image::digest::Digest;
+use crate::image::error::ManifestError;
+
+pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(super) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+pub(super) const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+pub(super) const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+pub(super) const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+pub(super) const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// Layer archives this crate can apply. The compression itself is told by the archive's first
+/// bytes, as Docker does, because builders mislabel it.
+const LAYER_TYPES: [&str; 6] = [
+    OCI_LAYER,
+    "application/vnd.oci.image.layer.v1.tar+gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd",
+];
+
+/// Docker stops at 127 layers; other builders stay below it to be usable there.
+const MAX_LAYERS: usize = 512;
+
+/// How many indexes may lead to one another. Attestations nest one deep; more is a loop in disguise.
+pub(super) const MAX_INDEX_DEPTH: usize = 3;
+
+/// A pointer to a blob.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Descriptor {
+    #[serde(rename = "mediaType", default)]
+    pub(super) media_type: String,
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) platform: Option<Platform>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) annotations: Option<BTreeMap<String, String>>,
+}
+
+impl Descriptor {
+    pub(super) fn ref_name(&self) -> Option<&str> {
+        self.annotations.as_ref()?.get(REF_NAME).map(String::as_str)
+    }
+}
+
+/// What an entry of an index is made for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Platform {
+    pub(super) architecture: String,
+    pub(super) os: String,
+    /// amd64 micro-architecture level: "v2", "v3"...
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) variant: Option<String>,
+}
+
+impl Platform {
+    /// Whether the guest, a baseline x86-64, can run it.
+    fn is_guest(&self) -> bool {
+        let baseline = matches!(self.variant.as_deref(), None | Some("" | "v1"));
+        self.os == "linux" && self.architecture == "amd64" && baseline
+    }
+}
+
+/// An image manifest.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Manifest {
+    pub(super) config: Descriptor,
+    pub(super) layers: Vec<Descriptor>,
+}
+
+impl Manifest {
+    /// What registries accept at most (distribution-spec, "Pushing Manifests"), in bytes.
+    pub(super) const MAX_SIZE: u64 = 4 << 20;
+
+    fn check(&self) -> Result<(), ManifestError> {
+        if self.layers.len() > MAX_LAYERS {
+            return Err(ManifestError::TooManyLayers { found: self.layers.len(), limit: MAX_LAYERS });
+        }
+        match self.layers.iter().find(|layer| !LAYER_TYPES.contains(&layer.media_type.as_str())) {
+            Some(layer) => Err(ManifestError::LayerMediaType(layer.media_type.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An index of manifests.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Index {
+    pub(super) manifests: Vec<Descriptor>,
+}
+
+impl Index {
+    /// The entry for the guest's platform; one without a platform only if there is no other choice.
+    pub(super) fn choose(&self) -> Result<&Descriptor, ManifestError> {
+        let exact = self.manifests.iter().find(|entry| entry.platform.as_ref().is_some_and(Platform::is_guest));
+        let unnamed = || match self.manifests.as_slice() {
+            [only] if only.platform.is_none() => Some(only),
+            _ => None,
+        };
+        exact.or_else(unnamed).ok_or(ManifestError::NoPlatform)
+    }
+
+    /// The entries that may lead to an image for the guest.
+    pub(super) fn candidates(&self) -> impl Iterator<Item = &Descriptor> {
+        self.manifests.iter().filter(|entry| entry.platform.as_ref().is_none_or(Platform::is_guest))
+    }
+}
+
+/// What a digest or tag leads to.
+#[derive(Clone, Debug)]
+pub(super) enum Resolved {
+    Image(Manifest),
+    Index(Index),
+}
+
+impl Resolved {
+    /// Parses either kind, told apart by content rather than by a header that may lie.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        #[derive(Deserialize)]
+        struct Probe {
+            #[serde(rename = "schemaVersion")]
+            schema_version: u64,
+            #[serde(rename = "mediaType")]
+            media_type: Option<String>,
+            manifests: Option<serde::de::IgnoredAny>,
+        }
+        let json = |error: serde_json::Error| ManifestError::Json(error.into());
+        let probe: Probe = serde_json::from_slice(bytes).map_err(json)?;
+        if probe.schema_version != 2 {
+            return Err(ManifestError::SchemaVersion(probe.schema_version));
+        }
+        let is_index = match probe.media_type.as_deref() {
+            Some(OCI_INDEX | DOCKER_LIST) => true,
+            Some(OCI_MANIFEST | DOCKER_MANIFEST) => false,
+            _ => probe.manifests.is_some(),
+        };
+        if is_index {
+            return Ok(Self::Index(serde_json::from_slice(bytes).map_err(json)?));
+        }
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(json)?;
+        manifest.check()?;
+        Ok(Self::Image(manifest))
+    }
+}

@@ -1,0 +1,182 @@
+//! OCI images: where they come from, and the verified copy of them on this machine.
+//!
+//! ```text
+//! registry (oci-client) ─┐
+//!                        ├─> store: blobs/sha256/<hex>, each verified before it gets its name ─> Image
+//! OCI layout folder     ─┘
+//! ```
+//!
+//! An [`Image`] is a plain value: the digest of its manifest, its configuration, and its layers as
+//! blobs of the [`ImageStore`]. Nothing is unpacked here; that is `rootfs`.
+//!
+//! Everything that arrives is hostile until its sha256 has been checked, and its content stays
+//! hostile after that (a digest proves origin, not good will): manifests and configurations have
+//! size limits, and no name out of them ever becomes a path. Refused: digests other than sha256,
+//! schema 1 manifests, foreign ("non-distributable") and encrypted layers, and the `urls` field of
+//! descriptors, which would let an image choose what this host connects to.
+
+mod atomic_file;
+mod builder;
+mod config;
+mod digest;
+mod error;
+mod layout;
+mod layout_writer;
+mod manifest;
+mod reference;
+mod registry;
+mod store;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+pub(crate) use atomic_file::AtomicFile;
+pub use builder::OciImageBuilder;
+pub use builder::PullPolicy;
+pub use config::ConfigError;
+pub use config::ImageConfig;
+pub use digest::Digest;
+pub use digest::DigestParseError;
+pub use error::LayoutError;
+pub use error::ManifestError;
+pub use error::PullError;
+pub use layout_writer::write_single_layer;
+pub use reference::Reference;
+pub use reference::ReferenceError;
+pub use registry::RegistryAuth;
+pub use store::BlobError;
+pub use store::ImageStore;
+pub use store::StoreError;
+pub(crate) use store::run_blocking;
+
+/// One layer of an image: a compressed or plain tar archive in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    digest: Digest,
+    diff_id: Digest,
+    size: u64,
+}
+
+impl Layer {
+    /// Digest of the layer as transported, which is its name in the store.
+    #[must_use]
+    pub const fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Digest of the uncompressed archive, as the image's configuration promises it.
+    #[must_use]
+    pub const fn diff_id(&self) -> &Digest {
+        &self.diff_id
+    }
+
+    /// Size as transported, in bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// A verified image whose blobs are in a local store.
+///
+/// Cheap to clone. Dropping it does nothing: the blobs stay in the store.
+#[derive(Clone)]
+pub struct Image {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    digest: Digest,
+    config: ImageConfig,
+    layers: Vec<Layer>,
+    store: ImageStore,
+}
+
+impl Image {
+    fn new(digest: Digest, config: ImageConfig, layers: Vec<Layer>, store: ImageStore) -> Self {
+        Self { inner: Arc::new(Inner { digest, config, layers, store }) }
+    }
+
+    /// Pulls `reference` anonymously into the user's store and returns the verified image.
+    ///
+    /// Blobs already in the store are not fetched again. For credentials, another store or another
+    /// policy see [`Image::builder`].
+    ///
+    /// # Errors
+    ///
+    /// [`PullError`] says which step failed; nothing half-written is left in the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the pull. Blobs that were complete stay; the one being written
+    /// is removed.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn f() -> Result<(), kiln::image::PullError> {
+    /// let image = kiln::image::Image::pull("docker.io/library/alpine:3.20").await?;
+    /// println!("{} runs {:?}", image.digest(), image.config().command());
+    /// # Ok(()) }
+    /// ```
+    pub async fn pull(reference: &str) -> Result<Self, PullError> {
+        Self::builder(reference).pull().await
+    }
+
+    /// Starts the description of a pull.
+    #[must_use]
+    pub fn builder(reference: impl Into<String>) -> OciImageBuilder {
+        OciImageBuilder::new(reference.into())
+    }
+
+    /// Imports the image of an OCI layout folder into the user's store.
+    ///
+    /// The layout must hold exactly one image for `linux/amd64`; name one of several with
+    /// [`ImageStore::import_oci_layout`].
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError`] says what is wrong with the folder; nothing half-written is left in the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the import; the blob being copied is removed.
+    pub async fn from_oci_layout(path: impl AsRef<Path>) -> Result<Self, LayoutError> {
+        ImageStore::open_default().await?.import_oci_layout(path, None).await
+    }
+
+    /// Digest of the image's manifest.
+    #[must_use]
+    pub fn digest(&self) -> &Digest {
+        &self.inner.digest
+    }
+
+    /// What the image's author configured: command, environment, user, folder.
+    #[must_use]
+    pub fn config(&self) -> &ImageConfig {
+        &self.inner.config
+    }
+
+    /// The layers, lowest first.
+    #[must_use]
+    pub fn layers(&self) -> &[Layer] {
+        &self.inner.layers
+    }
+
+    /// Opens a layer's blob. Blocking.
+    pub(crate) fn open_layer(&self, layer: &Layer) -> io::Result<File> {
+        File::open(self.inner.store.blob_path(layer.digest()))
+    }
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Image")
+            .field("digest", &self.inner.digest)
+            .field("layers", &self.inner.layers.len())
+            .finish_non_exhaustive()
+    }
+}

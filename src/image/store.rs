@@ -1,0 +1,346 @@
+//! Verified blobs on disk, by digest.
+//!
+//! ```text
+//! <store>/blobs/sha256/<hex>          a blob; its content had this digest when it was written
+//! <store>/blobs/sha256/.tmp-<random>  a blob being written (see `atomic_file`)
+//! <store>/references/<hex>            what a reference resolved to; <hex> = sha256 of the reference
+//! ```
+//!
+//! A blob gets its name only after its digest and size have been checked and its bytes synced, so
+//! a crash at any instant leaves a store that opens. Several processes may share a store: writers
+//! of the same blob write the same bytes, and the last rename wins.
+
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::io::Read;
+use std::io::Write;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sha2::Digest as _;
+use sha2::Sha256;
+
+use crate::image::Image;
+use crate::image::Layer;
+use crate::image::atomic_file::AtomicFile;
+use crate::image::config::ImageConfig;
+use crate::image::digest::Digest;
+use crate::image::error::LayoutError;
+use crate::image::error::ManifestError;
+use crate::image::layout;
+use crate::image::manifest::Manifest;
+use crate::image::manifest::Resolved;
+use crate::image::reference::Reference;
+
+/// How many bytes are read or copied at once.
+const COPY_CHUNK: usize = 256 << 10;
+
+/// A content-addressed store of image blobs. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ImageStore {
+    root: Arc<Path>,
+}
+
+/// Why the store itself failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// There is no home folder to hold the default store.
+    #[error("no home folder for the default image store; open one at an explicit path")]
+    NoHome,
+    /// The file system under the store failed (full, read-only, not permitted...).
+    #[error("image store i/o at {path}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The runtime is shutting down.
+    #[error("the runtime is shutting down")]
+    Shutdown,
+}
+
+impl StoreError {
+    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_owned(), source }
+    }
+}
+
+/// Why bytes were not accepted as a blob.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BlobError {
+    /// The content has another digest than promised.
+    #[error("{what} has digest {found}, expected {expected}")]
+    DigestMismatch {
+        /// Which blob.
+        what: String,
+        /// The promised digest.
+        expected: Digest,
+        /// The digest of what arrived.
+        found: Digest,
+    },
+    /// The content ended early.
+    #[error("{what} ends after {found} of {expected} bytes")]
+    Truncated {
+        /// Which blob.
+        what: String,
+        /// The promised size, in bytes.
+        expected: u64,
+        /// What arrived, in bytes.
+        found: u64,
+    },
+    /// The content is longer than promised or than accepted.
+    #[error("{what} is longer than {limit} bytes")]
+    TooLarge {
+        /// Which blob.
+        what: String,
+        /// The promised size or the limit, in bytes.
+        limit: u64,
+    },
+    /// The store failed.
+    #[error("the image store failed")]
+    Store(#[from] StoreError),
+}
+
+impl ImageStore {
+    /// Opens the store in `root`, creating it if missing and removing what killed writers left.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`] when the folder cannot be created or read.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe to drop; the folder may have been created.
+    pub async fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        let root: PathBuf = root.into();
+        run_blocking(move || {
+            let store = Self { root: root.into() };
+            for folder in [store.blobs(), store.references()] {
+                fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
+                AtomicFile::sweep(&folder).map_err(StoreError::io(&folder))?;
+            }
+            Ok(store)
+        })
+        .await
+    }
+
+    /// Opens the user's store, `~/.cache/kiln/images`.
+    ///
+    /// # Errors
+    ///
+    /// As [`ImageStore::open`], and [`StoreError::NoHome`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe to drop.
+    pub async fn open_default() -> Result<Self, StoreError> {
+        let home = std::env::home_dir().ok_or(StoreError::NoHome)?;
+        Self::open(home.join(".cache/kiln/images")).await
+    }
+
+    /// The store's folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Imports an image from an OCI layout folder (image-spec, image-layout.md).
+    ///
+    /// With a `tag`, the entry of `index.json` whose `org.opencontainers.image.ref.name` is that
+    /// tag; without, the only image for `linux/amd64`.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError`] says what is wrong with the folder; nothing half-written is left here.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the import; a blob being copied is removed.
+    pub async fn import_oci_layout(&self, folder: impl AsRef<Path>, tag: Option<&str>) -> Result<Image, LayoutError> {
+        layout::import(self, folder.as_ref(), tag).await
+    }
+
+    fn blobs(&self) -> PathBuf {
+        self.root.join("blobs/sha256")
+    }
+
+    fn references(&self) -> PathBuf {
+        self.root.join("references")
+    }
+
+    pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.blobs().join(digest.hex())
+    }
+
+    /// Whether the blob is here with this size. Blocking.
+    ///
+    /// The size catches a file system that lost data after a crash; content is checked again when
+    /// it is used (layers against their `diff_id`, small blobs by [`ImageStore::read_small`]).
+    pub(super) fn contains(&self, digest: &Digest, size: u64) -> bool {
+        fs::metadata(self.blob_path(digest)).is_ok_and(|meta| meta.is_file() && meta.len() == size)
+    }
+
+    /// Reads a manifest or configuration back, `None` if it is missing or damaged. Blocking.
+    pub(super) fn read_small(&self, digest: &Digest, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.blob_path(digest);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(StoreError::Io { path, source }),
+        };
+        let mut bytes = Vec::new();
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(StoreError::io(&path))?;
+        Ok((Digest::of(&bytes) == *digest).then_some(bytes))
+    }
+
+    /// Stores a small blob whose digest is already known to be right. Blocking.
+    pub(super) fn put_small(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
+        debug_assert_eq!(Digest::of(bytes), *digest, "put_small takes verified bytes");
+        if self.contains(digest, bytes.len() as u64) {
+            return Ok(());
+        }
+        let path = self.blob_path(digest);
+        AtomicFile::write(&path, bytes).map_err(StoreError::io(&path))
+    }
+
+    /// Copies a blob out of `source`, checking it on the way. Blocking.
+    pub(super) fn put_from(&self, expected: ExpectedBlob, source: &mut dyn Read) -> Result<(), BlobError> {
+        let mut writer = BlobWriter::create(self, expected)?;
+        let mut chunk = vec![0; COPY_CHUNK];
+        loop {
+            let count = match source.read(&mut chunk) {
+                Ok(0) => return writer.finish(),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => {
+                    let path = writer.discard();
+                    return Err(StoreError::Io { path, source }.into());
+                }
+            };
+            writer = writer.write(&chunk[..count])?;
+        }
+    }
+
+    /// Remembers what `reference` resolved to. Blocking.
+    pub(super) fn remember(&self, reference: &Reference, manifest: &Digest) -> Result<(), StoreError> {
+        let path = self.reference_path(reference);
+        AtomicFile::write(&path, format!("{manifest}\n{reference}\n").as_bytes()).map_err(StoreError::io(&path))
+    }
+
+    /// The image manifest `reference` last resolved to, if known. Blocking.
+    pub(super) fn recall(&self, reference: &Reference) -> Option<Digest> {
+        fs::read_to_string(self.reference_path(reference)).ok()?.lines().next()?.parse().ok()
+    }
+
+    fn reference_path(&self, reference: &Reference) -> PathBuf {
+        self.references().join(Digest::of(reference.to_string().as_bytes()).hex())
+    }
+
+    /// The image of a manifest, if every blob of it is here. Blocking.
+    pub(super) fn load(&self, manifest: &Digest) -> Result<Option<Image>, ManifestError> {
+        let Some(bytes) = self.read_small(manifest, Manifest::MAX_SIZE)? else { return Ok(None) };
+        let Resolved::Image(parsed) = Resolved::parse(&bytes)? else { return Ok(None) };
+        let Some(config) = self.read_small(&parsed.config.digest, ImageConfig::MAX_SIZE)? else { return Ok(None) };
+        if parsed.layers.iter().any(|layer| !self.contains(&layer.digest, layer.size)) {
+            return Ok(None);
+        }
+        self.assemble(*manifest, &parsed, &config).map(Some)
+    }
+
+    /// Joins a manifest and its configuration, whose blobs are all here, to an image.
+    pub(super) fn assemble(&self, digest: Digest, manifest: &Manifest, config: &[u8]) -> Result<Image, ManifestError> {
+        let (config, diff_ids) = ImageConfig::parse(config)?;
+        if diff_ids.len() != manifest.layers.len() {
+            return Err(ManifestError::LayerCount { manifest: manifest.layers.len(), config: diff_ids.len() });
+        }
+        let layers = manifest.layers.iter().zip(diff_ids);
+        let layers = layers.map(|(layer, diff_id)| Layer { digest: layer.digest, diff_id, size: layer.size });
+        Ok(Image::new(digest, config, layers.collect(), self.clone()))
+    }
+}
+
+/// What a blob must turn out to be.
+#[derive(Clone, Debug)]
+pub(super) struct ExpectedBlob {
+    /// For messages: "layer 2", "configuration"...
+    pub(super) what: String,
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+}
+
+/// A blob on its way into the store. All methods block; on an error the file is gone.
+#[derive(Debug)]
+pub(super) struct BlobWriter {
+    file: AtomicFile,
+    target: PathBuf,
+    expected: ExpectedBlob,
+    hasher: Sha256,
+    written: u64,
+}
+
+impl BlobWriter {
+    pub(super) fn create(store: &ImageStore, expected: ExpectedBlob) -> Result<Self, StoreError> {
+        let folder = store.blobs();
+        let file = AtomicFile::create(&folder).map_err(StoreError::io(&folder))?;
+        let target = store.blob_path(&expected.digest);
+        Ok(Self { file, target, expected, hasher: Sha256::new(), written: 0 })
+    }
+
+    pub(super) fn write(mut self, bytes: &[u8]) -> Result<Self, BlobError> {
+        self.written += bytes.len() as u64;
+        if self.written > self.expected.size {
+            let limit = self.expected.size;
+            let what = std::mem::take(&mut self.expected.what);
+            self.discard();
+            return Err(BlobError::TooLarge { what, limit });
+        }
+        self.hasher.update(bytes);
+        if let Err(source) = self.file.file().write_all(bytes) {
+            let path = self.discard();
+            return Err(StoreError::Io { path, source }.into());
+        }
+        Ok(self)
+    }
+
+    pub(super) fn finish(self) -> Result<(), BlobError> {
+        let Self { file, target, expected, hasher, written } = self;
+        let found = Digest::from_hasher(hasher);
+        if written == expected.size && found == expected.digest {
+            return file.commit(&target).map_err(|source| StoreError::Io { path: target, source }.into());
+        }
+        file.discard();
+        if written < expected.size {
+            return Err(BlobError::Truncated { what: expected.what, expected: expected.size, found: written });
+        }
+        Err(BlobError::DigestMismatch { what: expected.what, expected: expected.digest, found })
+    }
+
+    /// Removes the file; returns where the blob would have been.
+    pub(super) fn discard(self) -> PathBuf {
+        self.file.discard();
+        self.target
+    }
+}
+
+/// Runs bounded file work off the executor.
+///
+/// Dropping the returned future does not interrupt the work, only the wait for it.
+pub(crate) async fn run_blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<StoreError> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(StoreError::Shutdown.into()),
+        },
+    }
+}

@@ -1,0 +1,118 @@
+//! Virtio devices (Virtual I/O Device, version 1.2).
+//!
+//! ```text
+//!   vCPU thread             device's own thread                 backend
+//!   mmio::Transport --ring--> worker --process--> VirtioDevice -- file, entropy, streams
+//!      registers                  \--- DeviceQueue: chains out of and back into guest RAM
+//! ```
+//!
+//! A register access only records or rings; what takes time happens on the device's thread. All that
+//! lies in guest RAM is hostile: a chain that makes no sense costs the guest its device (it must reset
+//! it), and nothing else.
+
+pub mod blk;
+mod doorbell;
+pub mod mmio;
+mod queue;
+pub mod rng;
+pub mod vsock;
+mod worker;
+
+pub use doorbell::Doorbell;
+pub use queue::{Chain, DeviceQueue, QueueError};
+pub use worker::Worker;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use crate::hv::IrqLine;
+use crate::mem::GuestMemory;
+
+/// VIRTIO_F_VERSION_1: not a legacy device.
+pub const F_VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_INDIRECT_DESC.
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX: notifications only when the other side waits for one.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+
+/// Is there more to do at once?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Yes: call again. Lets a reset come in between.
+    More,
+    /// Not before the next ring.
+    Idle,
+}
+
+/// A device behind a transport. Lives on its worker's thread.
+pub trait VirtioDevice: Debug + Send {
+    /// The device type (section 5).
+    fn device_type(&self) -> u32;
+
+    /// The features it offers, next to those of the transport and the ring.
+    fn features(&self) -> u64;
+
+    /// The largest size of each of its queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The configuration space; does not change.
+    fn config(&self) -> Vec<u8>;
+
+    /// Does a bounded amount of work on the queues.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the driver put nonsense on a queue; the device is then stopped until reset.
+    fn process(&mut self, queues: &mut [DeviceQueue], memory: &GuestMemory) -> Result<Progress, QueueError>;
+
+    /// When it wants to be called although nothing rings.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Forgets everything since the last activation.
+    fn reset(&mut self) {}
+}
+
+/// A device's interrupt: the status register and the line (section 4.2.2, `InterruptStatus`).
+#[derive(Debug)]
+pub struct Interrupt {
+    status: AtomicU32,
+    line: Arc<dyn IrqLine>,
+}
+
+impl Interrupt {
+    const USED_BUFFER: u32 = 1;
+    const CONFIG_CHANGE: u32 = 2;
+
+    /// An interrupt on `line`, not pending.
+    #[must_use]
+    pub fn new(line: Arc<dyn IrqLine>) -> Self {
+        Self { status: AtomicU32::new(0), line }
+    }
+
+    /// Used buffers wait for the driver.
+    pub fn used_buffer(&self) {
+        self.signal(Self::USED_BUFFER);
+    }
+
+    /// Configuration or status changed.
+    pub fn config_change(&self) {
+        self.signal(Self::CONFIG_CHANGE);
+    }
+
+    fn signal(&self, bit: u32) {
+        // Release, paired with Acquire in `status`: who sees the bit also sees the used ring.
+        self.status.fetch_or(bit, Ordering::Release);
+        self.line.raise();
+    }
+
+    fn status(&self) -> u32 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+}

@@ -1,0 +1,14 @@
+//! The machine: what turns an engine's bare processors into a computer that boots Linux.
+//!
+//! It owns memory layout, boot, the port and MMIO bus, devices and the vCPU threads. It knows no
+//! images, no exec protocol and no particular engine.
+
+mod board;
+pub mod boot;
+pub mod bus;
+pub mod console;
+pub mod devices;
+mod machine;
+mod vcpu_thread;
+
+pub use machine::{Machine, MachineConfig, MachineEnd, MachineError};
