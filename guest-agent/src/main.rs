@@ -39,7 +39,7 @@ use crate::launch::Defaults;
 use crate::server::Server;
 use crate::sys::net;
 
-/// Open files of the agent, in a guest: four for each session, and some.
+/// Open files of the agent: four for each session, and some.
 const OPEN_FILES: u64 = 16384;
 
 /// The test harness replaces it; without it nothing would use the program.
@@ -81,7 +81,8 @@ fn serve_unix(path: OsString) -> io::Result<()> {
     let text = |value: OsString| value.into_string().ok();
     let env = std::env::vars_os().filter_map(|(name, value)| Some((text(name)?, text(value)?))).collect();
     let workdir = std::env::current_dir()?.to_string_lossy().into_owned();
-    let served = Server::new(listener.into(), Defaults { env, workdir, user: None, open_files: None }, true)?.run();
+    let defaults = Defaults { env, workdir, user: None, open_files: raise_open_files() };
+    let served = Server::new(listener.into(), defaults, true)?.run();
     let _ = fs::remove_file(path);
     served
 }
@@ -121,12 +122,17 @@ fn guest_defaults(config: GuestConfig) -> Defaults {
     Defaults { env, workdir, user, open_files: raise_open_files() }
 }
 
-/// Raises the agent's limit of open files and returns the one that its processes are to have.
+/// Raises the agent's limit of open files as far as it may, and returns the one that its processes are to have.
 fn raise_open_files() -> Option<(u64, u64)> {
     let old = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES.max(old.maximum.unwrap_or(OPEN_FILES))) };
-    rustix::process::setrlimit(Resource::Nofile, raised).ok()?;
-    Some((old.current.unwrap_or(OPEN_FILES), old.maximum.unwrap_or(OPEN_FILES)))
+    let (soft, hard) = (old.current.unwrap_or(u64::MAX), old.maximum.unwrap_or(u64::MAX));
+    if soft >= OPEN_FILES {
+        return None;
+    }
+    let limit = |hard: u64| Rlimit { current: Some(hard.min(OPEN_FILES)), maximum: Some(hard) };
+    let privileged = rustix::process::setrlimit(Resource::Nofile, limit(hard.max(OPEN_FILES)));
+    privileged.or_else(|_| rustix::process::setrlimit(Resource::Nofile, limit(hard))).ok()?;
+    Some((soft, hard))
 }
 
 /// Ends the machine: with `reboot=t` on the command line a restart is a triple fault, which every engine reports as the end.

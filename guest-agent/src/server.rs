@@ -50,9 +50,12 @@ pub(crate) struct Timers {
 }
 
 impl Timers {
-    /// Wakes session `id` at `when`.
-    pub(crate) fn session_at(&mut self, when: Instant, id: u32) {
-        self.queue.insert((when, Timer::Session(id)));
+    /// Wakes session `id` at `new` instead of `old`.
+    pub(crate) fn replace_session(&mut self, id: u32, old: Option<Instant>, new: Option<Instant>) {
+        if let Some(old) = old {
+            self.queue.remove(&(old, Timer::Session(id)));
+        }
+        self.queue.extend(new.map(|when| (when, Timer::Session(id))));
     }
 
     fn next(&self) -> Option<Instant> {
@@ -150,8 +153,10 @@ impl Server {
     }
 
     fn conclude(&mut self, id: u32, fate: Fate) {
-        if fate == Fate::Over {
-            self.sessions.remove(&id);
+        if fate == Fate::Over
+            && let Some(mut session) = self.sessions.remove(&id)
+        {
+            session.set_timer(None, &mut self.shared);
         }
     }
 

@@ -70,14 +70,16 @@ pub(crate) struct Session {
     inbox: BytesMut,
     outbox: Outbox,
     state: State,
+    /// When [`Session::on_timer`] is due.
+    timer: Option<Instant>,
 }
 
 #[derive(Debug)]
 enum State {
     Waiting,
     Running(Box<Process>),
-    /// The last frame is queued; what the host still sends is discarded. Once all is sent, until when the host may take to close.
-    Closing(Option<Instant>),
+    /// The last frame is queued; what the host still sends is discarded. True once all is sent and our direction shut.
+    Closing(bool),
 }
 
 #[derive(Debug)]
@@ -111,7 +113,15 @@ impl Session {
         let mut socket = Watched::new(socket, Token { session: id, role: Role::Socket });
         socket.want(&shared.poll, Some(EventFlags::IN | EventFlags::RDHUP))?;
         let parser = FrameParser::streaming();
-        Ok(Self { id, socket, parser, inbox: BytesMut::new(), outbox: Outbox::default(), state: State::Waiting })
+        Ok(Self {
+            id,
+            socket,
+            parser,
+            inbox: BytesMut::new(),
+            outbox: Outbox::default(),
+            state: State::Waiting,
+            timer: None,
+        })
     }
 
     /// Something is ready, or may be: does all that can be done now.
@@ -146,7 +156,7 @@ impl Session {
                         Ok(())
                     }
                     Err(failure) => {
-                        self.finish(Kind::Error, failure.to_string().as_bytes());
+                        self.finish(Kind::Error, failure.to_string().as_bytes(), shared);
                         Ok(())
                     }
                 }
@@ -162,20 +172,17 @@ impl Session {
         };
         let fate = self.settle(worked, shared);
         if fate == Fate::Continues && matches!(self.state, State::Running(_)) {
-            shared.timers.session_at(Instant::now() + DRAIN_GRACE, self.id);
+            self.set_timer(Some(Instant::now() + DRAIN_GRACE), shared);
         }
         fate
     }
 
     /// The session's timer fired: the drain grace, or the linger, is over.
     pub(crate) fn on_timer(&mut self, shared: &mut Shared) -> Fate {
+        self.timer = None;
         match &mut self.state {
             State::Waiting => Fate::Continues,
-            // A drain grace that the session outran may fire here, while a slow host still reads.
-            State::Closing(until) => match until {
-                Some(until) if *until <= Instant::now() => Fate::Over,
-                _ => Fate::Continues,
-            },
+            State::Closing(_) => Fate::Over,
             State::Running(process) => {
                 process.grace_over = process.exit.is_some();
                 let worked = self.read_output(0).and_then(|()| self.read_output(1));
@@ -244,16 +251,16 @@ impl Session {
         match (&mut self.state, kind) {
             (State::Waiting, Kind::Request) => match self.start(&payload, shared) {
                 Ok(process) => self.state = State::Running(Box::new(process)),
-                Err(failure) => self.finish(Kind::Error, failure.to_string().as_bytes()),
+                Err(failure) => self.finish(Kind::Error, failure.to_string().as_bytes(), shared),
             },
             (State::Waiting, Kind::Control) => {
                 let ack = control::serve(&payload);
                 let json = serde_json::to_vec(&ack).unwrap_or_default();
-                self.finish(Kind::Control, &json);
+                self.finish(Kind::Control, &json, shared);
             }
             (State::Waiting, _) => {
                 let failure = Failure::BadRequest("the first frame is neither REQUEST nor CONTROL".to_owned());
-                self.finish(Kind::Error, failure.to_string().as_bytes());
+                self.finish(Kind::Error, failure.to_string().as_bytes(), shared);
             }
             (State::Running(process), kind) => process.on_frame(kind, payload),
             (State::Closing(_), _) => {}
@@ -343,10 +350,18 @@ impl Session {
         self.outbox.flush(self.socket.as_fd())
     }
 
-    fn finish(&mut self, kind: Kind, payload: &[u8]) {
+    fn finish(&mut self, kind: Kind, payload: &[u8], shared: &mut Shared) {
         self.outbox.push(kind, payload);
-        self.state = State::Closing(None);
+        self.state = State::Closing(false);
         self.inbox.clear();
+        // A slow host may take longer to read the output than the drain grace.
+        self.set_timer(None, shared);
+    }
+
+    /// Replaces the session's timer; an idle guest is not woken for one that has lost its purpose.
+    pub(crate) fn set_timer(&mut self, when: Option<Instant>, shared: &mut Shared) {
+        shared.timers.replace_session(self.id, self.timer, when);
+        self.timer = when;
     }
 
     /// Brings the session to rest after an event: last frame, socket, and what to wait for next.
@@ -359,18 +374,17 @@ impl Session {
             && let Some(exit) = process.exit
             && process.outputs.iter().all(Option::is_none)
         {
-            self.finish(Kind::Exit, &exit.encode());
+            self.finish(Kind::Exit, &exit.encode(), shared);
         }
         if self.outbox.flush(self.socket.as_fd()).is_err() {
             self.abandon(shared);
             return Fate::Over;
         }
-        if let State::Closing(until @ None) = &mut self.state
+        if let State::Closing(shut @ false) = &mut self.state
             && self.outbox.is_empty()
         {
-            let deadline = Instant::now() + LINGER;
-            *until = Some(deadline);
-            shared.timers.session_at(deadline, self.id);
+            *shut = true;
+            self.set_timer(Some(Instant::now() + LINGER), shared);
             if rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Write).is_err() {
                 return Fate::Over;
             }

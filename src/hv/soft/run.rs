@@ -18,9 +18,9 @@ use crate::hv::{Exit, HvError, Vcpu};
 
 use super::code::CodeCache;
 use super::cpu::{Cpu, slot};
-use super::exec::Delivery;
+use super::exec::{Shutdown, Source};
 use super::fast::{Leave, Patch};
-use super::fault::{Flow, Stop};
+use super::fault::{Exception, Flow, Stop};
 use super::flags::{IF, TF};
 use super::mailbox::Mailbox;
 use crate::units::PAGE_SIZE;
@@ -69,18 +69,17 @@ impl SoftVcpu {
             self.sleep();
             return Ok(None);
         }
-        let trap = self.cpu.system_flags & TF != 0;
-        let outcome = if self.cpu.interrupt_shadow || trap { self.one_instruction() } else { self.chain() };
+        let outcome = if self.cpu.interrupt_shadow || self.cpu.system_flags & TF != 0 {
+            self.one_instruction()
+        } else {
+            self.chain()
+        };
         match outcome {
             Ok(Leave::Halt) => self.halted = true,
             Ok(_) => {}
             Err(stop) => return self.stopped(stop),
         }
         self.slice -= RETURN_COST;
-        if trap && !self.halted {
-            let delivery = self.cpu.deliver_single_step();
-            return Ok(self.delivered(delivery)?.then_some(Exit::Shutdown));
-        }
         Ok(None)
     }
 
@@ -92,16 +91,10 @@ impl SoftVcpu {
         let Some(vector) = self.cpu.lapic.deliverable() else { return Ok(false) };
         self.cpu.lapic.accept(vector);
         self.halted = false;
-        let delivery = self.cpu.deliver_interrupt(vector);
-        self.delivered(delivery)
-    }
-
-    /// Whether a delivery ended in shutdown.
-    fn delivered(&mut self, delivery: Delivery) -> Result<bool, HvError> {
-        match delivery {
-            Delivery::Done => Ok(false),
-            Delivery::TripleFault => Ok(true),
-            Delivery::Unimplemented(what) => Err(self.unimplemented(what)),
+        match self.cpu.deliver(Exception { vector, error: None, cr2: None }, Source::External) {
+            Ok(()) => Ok(false),
+            Err(Shutdown::TripleFault) => Ok(true),
+            Err(Shutdown::Unimplemented(what)) => Err(self.unimplemented(what)),
         }
     }
 
@@ -155,13 +148,19 @@ impl SoftVcpu {
         Ok(block)
     }
 
-    /// One instruction by the general executor: in an interrupt shadow, and when single-stepping (TF).
+    /// One instruction by the general executor: in an interrupt shadow, and when single-stepping.
     fn one_instruction(&mut self) -> Result<Leave, Stop> {
+        let trap = self.cpu.system_flags & TF != 0;
         if !self.cpu.is_64bit() {
             return Err(Stop::Unimplemented("code outside 64-bit mode"));
         }
         self.cpu.interrupt_shadow = false;
         let flow = self.cpu.step()?;
+        if trap {
+            // Single-step trap, DR6.BS (SDM 19.3.1.4).
+            self.cpu.dr[4] |= 1 << 14;
+            return Err(Stop::Fault(Exception::DEBUG));
+        }
         Ok(if flow == Flow::Halt { Leave::Halt } else { Leave::Sync })
     }
 
@@ -172,8 +171,11 @@ impl SoftVcpu {
             Stop::Unimplemented(what) => return Err(self.unimplemented(what)),
         };
         self.slice -= RETURN_COST;
-        let delivery = self.cpu.deliver_exception(exception);
-        Ok(self.delivered(delivery)?.then_some(Exit::Shutdown))
+        match self.cpu.deliver(exception, Source::Exception) {
+            Ok(()) => Ok(None),
+            Err(Shutdown::TripleFault) => Ok(Some(Exit::Shutdown)),
+            Err(Shutdown::Unimplemented(what)) => Err(self.unimplemented(what)),
+        }
     }
 
     fn unimplemented(&mut self, what: &'static str) -> HvError {
@@ -191,7 +193,9 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, HvError> {
-        Ok(self.cpu.save(self.halted))
+        let mut state = self.cpu.save();
+        state.halted = self.halted;
+        Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HvError> {

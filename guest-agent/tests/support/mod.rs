@@ -1,0 +1,109 @@
+//! An agent as an ordinary process on a Unix socket of its own.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln::exec::ExecBuilder;
+use kiln::exec::UnixConnector;
+use kiln::exec::wait_ready;
+
+/// Longer than anything here takes on a busy machine, so that a hang is a failure and not a wait for ever.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) struct Agent {
+    process: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Agent {
+    pub(crate) async fn start() -> Self {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let process = Command::new(env!("CARGO_BIN_EXE_kiln-agent"))
+            .arg("--unix")
+            .arg(folder.path().join("exec.sock"))
+            .current_dir(folder.path())
+            .env("FROM_AGENT", "yes")
+            .spawn()
+            .expect("the agent starts");
+        let agent = Self { process, folder };
+        wait_ready(&*agent.connector(), PATIENCE).await.expect("the agent answers");
+        agent
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("exec.sock")
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn connector(&self) -> Arc<UnixConnector> {
+        Arc::new(UnixConnector::new(self.socket()))
+    }
+
+    pub(crate) fn exec<const N: usize>(&self, argv: [&str; N]) -> ExecBuilder {
+        ExecBuilder::unix(self.socket()).argv(argv)
+    }
+
+    pub(crate) fn sh(&self, script: &str) -> ExecBuilder {
+        self.exec(["sh", "-c", script])
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.process.id()).expect("a pid")
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid()).expect("a pid");
+        rustix::process::kill_process(pid, signal).expect("the agent is alive");
+    }
+
+    /// Waits for the agent itself to end, and returns its exit code.
+    pub(crate) async fn ended(mut self) -> Option<i32> {
+        let status = tokio::task::spawn_blocking(move || self.process.wait().expect("our child"));
+        status.await.expect("no panic").code()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Waits until no process has `marker` in its command line.
+pub(crate) async fn gone(marker: &str) {
+    tokio::time::timeout(PATIENCE, async {
+        while running(marker) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("a process with {marker} is still running"));
+}
+
+/// Waits until a process has `marker` in its command line.
+pub(crate) async fn started(marker: &str) {
+    tokio::time::timeout(PATIENCE, async {
+        while !running(marker) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("no process with {marker} appeared"));
+}
+
+pub(crate) fn running(marker: &str) -> bool {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return false };
+    processes.flatten().any(|process| {
+        let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).split('\0').any(|argument| argument == marker)
+    })
+}

@@ -1,0 +1,124 @@
+//! Why a command did not run, or its end is not known.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_wire::failure::Failure;
+use thiserror::Error;
+
+/// Why a command did not run, or why its end is not known.
+///
+/// A process that ran and ended is never an error, whatever its exit code. Cloneable, because every handle of a session
+/// reports the same one.
+#[derive(Clone, Debug, Error)]
+#[non_exhaustive]
+pub enum ExecError {
+    /// The guest has no such program.
+    #[error("program not found: {program}")]
+    NotFound {
+        /// The program as it was asked for.
+        program: String,
+    },
+    /// The program exists and cannot be executed.
+    #[error("program not executable: {detail}")]
+    NotExecutable {
+        /// The program and the reason.
+        detail: String,
+    },
+    /// The working directory cannot be entered.
+    #[error("working directory not usable: {detail}")]
+    BadCwd {
+        /// The directory and the reason.
+        detail: String,
+    },
+    /// The image has no such user or group.
+    #[error("unknown user: {user}")]
+    UnknownUser {
+        /// The user as it was asked for.
+        user: String,
+    },
+    /// The request cannot be expressed or was refused as malformed.
+    #[error("invalid request: {detail}")]
+    BadRequest {
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The agent could not do it for a reason of the guest's, such as no memory.
+    #[error("refused by the guest: {text}")]
+    Refused {
+        /// The agent's own words.
+        text: String,
+    },
+    /// The agent cannot be reached.
+    #[error("agent not reachable")]
+    Connect(#[source] Arc<io::Error>),
+    /// The connection ended before the process did, as far as is known.
+    #[error("connection to the agent lost")]
+    AgentGone(#[source] Arc<io::Error>),
+    /// The agent sent something that the protocol does not allow.
+    #[error("protocol violation by the agent: {detail}")]
+    Protocol {
+        /// What it sent.
+        detail: String,
+    },
+    /// The agent did not answer in time.
+    #[error("no answer from the agent within {after:?}")]
+    Timeout {
+        /// How long it was given.
+        after: Duration,
+    },
+    /// The process has already ended, so it cannot be signalled.
+    #[error("process has already ended")]
+    Ended,
+    /// The child, or its runtime, was dropped before the process ended.
+    #[error("exec session was dropped")]
+    Dropped,
+}
+
+impl ExecError {
+    /// The agent went away without an error of the transport.
+    pub(crate) fn hung_up() -> Self {
+        Self::gone(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// The transport failed with `error`.
+    pub(crate) fn gone(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::InvalidData => Self::Protocol { detail: error.to_string() },
+            _ => Self::AgentGone(Arc::new(error)),
+        }
+    }
+}
+
+impl From<Failure> for ExecError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::NotFound(program) => Self::NotFound { program },
+            Failure::NotExecutable(detail) => Self::NotExecutable { detail },
+            Failure::BadCwd(detail) => Self::BadCwd { detail },
+            Failure::UnknownUser(user) => Self::UnknownUser { user },
+            Failure::BadRequest(detail) => Self::BadRequest { detail },
+            other => Self::Refused { text: other.to_string() },
+        }
+    }
+}
+
+impl From<ExecError> for io::Error {
+    fn from(error: ExecError) -> Self {
+        let kind = match &error {
+            ExecError::NotFound { .. } => io::ErrorKind::NotFound,
+            ExecError::NotExecutable { .. } => io::ErrorKind::PermissionDenied,
+            ExecError::BadCwd { .. } => io::ErrorKind::NotADirectory,
+            ExecError::UnknownUser { .. } | ExecError::BadRequest { .. } | ExecError::Ended => {
+                io::ErrorKind::InvalidInput
+            }
+            ExecError::Connect(source) | ExecError::AgentGone(source) => source.kind(),
+            ExecError::Protocol { .. } => io::ErrorKind::InvalidData,
+            ExecError::Timeout { .. } => io::ErrorKind::TimedOut,
+            ExecError::Dropped => io::ErrorKind::BrokenPipe,
+            ExecError::Refused { .. } => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}

@@ -1,0 +1,46 @@
+//! Running commands in a guest, with the habits of `tokio::process`.
+//!
+//! [`ExecBuilder`] connects to the agent, sends the request and returns an [`ExecChild`] whose `stdin`, `stdout` and
+//! `stderr` are async handles. The layer speaks the protocol of `docs/exec-protocol.md` over any
+//! [`Connector`](crate::transport::Connector): a VM's vsock, a Unix socket, an in-memory stream. It never learns which, and never asks
+//! for more than a byte stream.
+//!
+//! ```text
+//!   ExecStdin ──(bounded channel)──> ┌────────┐ ──frames──> agent
+//!   signal, kill ──────────────────> │ driver │
+//!   ExecStdout/Stderr <──(lanes)──── └────────┘ <──frames── agent
+//!                    wait <──(result)────┘
+//! ```
+//! One driver task a session owns the stream. Everything between it and the handles is bounded:
+//!
+//! - **Output that is not read** waits in a buffer of 256 KiB for each of the two outputs, then in the agent, then in the pipe, and then the
+//!   process blocks: a slow reader loses nothing and slows nobody else.
+//! - **While [`wait`](ExecChild::wait) runs**, an output whose handle is still inside the child keeps its first 256 KiB and drops the rest.
+//! - **An output that nobody ever read** while somebody waits for the other one is treated alike, since the process
+//!   could otherwise block for ever. Reading such an output afterwards gives what was kept and then an error of kind
+//!   `Other`, never a silent gap. A handle that is dropped drops its bytes.
+//! - **After a kill or a timeout** up to 4 MiB more are buffered for each output, so that an unread output does not keep the end away.
+mod builder;
+mod child;
+mod control;
+mod driver;
+mod error;
+mod lanes;
+mod stdio;
+mod unix;
+
+pub use builder::ExecBuilder;
+pub use child::ExecChild;
+pub use child::ExecOutcome;
+pub use child::ExecSignaller;
+pub use control::control;
+pub use control::probe;
+pub use control::sync_time;
+pub use control::wait_ready;
+pub use error::ExecError;
+pub use kiln_wire::control::Control;
+pub use kiln_wire::control::ControlAck;
+pub use stdio::ExecStderr;
+pub use stdio::ExecStdin;
+pub use stdio::ExecStdout;
+pub use unix::UnixConnector;
