@@ -113,11 +113,7 @@ impl Comparison {
         self.faithful()?;
         let good = self.each_form(&forms)?;
         let alone = self.failed.len();
-        println!(
-            "silicon: {} single forms, {alone} differ ({:.1} s)",
-            forms.len(),
-            begun.elapsed().as_secs_f64()
-        );
+        println!("silicon: {} single forms, {alone} differ ({:.1} s)", forms.len(), begun.elapsed().as_secs_f64());
         if !self.unbuilt.is_empty() {
             return Err(format!("forms without a generator: {:?}", self.unbuilt));
         }
@@ -267,7 +263,10 @@ impl Comparison {
         if form.is_some_and(|form| forms::is_approximate(form.code)) {
             outcome::forgive_rounding(native, &mut soft);
         }
-        if native.vector == 14 && form.is_some_and(|form| forms::moves_image(form.code)) && soft.cr2 ^ native.cr2 < 0x1000 {
+        if native.vector == 14
+            && form.is_some_and(|form| forms::moves_image(form.code))
+            && soft.cr2 ^ native.cr2 < 0x1000
+        {
             soft.cr2 = native.cr2;
         }
         if self.emulates_gp && (native.vector, soft.vector, soft.error) == (6, 13, 0) {

@@ -95,10 +95,8 @@ fn unfaithful(code: Code) -> bool {
 /// Whether the result is an approximation: the manual gives an error bound, and every vendor another last bit.
 pub(crate) fn is_approximate(code: Code) -> bool {
     use Mnemonic as M;
-    matches!(
-        code.mnemonic(),
-        M::F2xm1 | M::Fyl2x | M::Fyl2xp1 | M::Fptan | M::Fpatan | M::Fsin | M::Fcos | M::Fsincos
-    ) || matches!(code.mnemonic(), M::Rsqrtps | M::Rsqrtss | M::Rcpps | M::Rcpss)
+    matches!(code.mnemonic(), M::F2xm1 | M::Fyl2x | M::Fyl2xp1 | M::Fptan | M::Fpatan | M::Fsin | M::Fcos | M::Fsincos)
+        || matches!(code.mnemonic(), M::Rsqrtps | M::Rsqrtss | M::Rcpps | M::Rcpss)
 }
 
 /// Whether the x87 condition codes are undefined or vendors' manuals differ about them.
