@@ -185,7 +185,7 @@ impl Comparison {
             let mut builder = Builder::new(true);
             let mmx = forms::touches_mmx(form.code);
             // Which comes first, the move to MMX form or a fault, vendors do not agree about.
-            let mut start = Start::random(rng, round % 4 == 3 && !mmx);
+            let mut start = Start::random(rng, round % 4 == 3 && !forms::wants_masked(form.code));
             if mmx && aim != Aim::Good {
                 start = start.in_mmx_form();
             }
@@ -211,14 +211,18 @@ impl Comparison {
         while self.compared < self.args.count && !forms.is_empty() && self.failed.len() < limit {
             round += 1;
             let mut rng = Rng::new(self.args.seed.wrapping_mul(0x1_0000_0001) ^ round << 20);
-            let start = Start::random(&mut rng, round % 16 == 0);
+            let unmasked = round % 16 == 0;
+            let start = Start::random(&mut rng, unmasked);
             let mut builder = Builder::new(true);
             for _ in 0..UNITS {
                 if !builder.has_room() {
                     break;
                 }
                 let form = rng.pick(&forms);
-                let plain = !forms::touches_mmx(form.code) && !forms::moves_image(form.code);
+                if unmasked && forms::wants_masked(form.code) {
+                    continue;
+                }
+                let plain = !forms::touches_mmx(form.code) && !forms::faults_anywhere(form.code);
                 let aim = if plain && rng.one_in(2000) { rng.pick(&BAD_AIMS) } else { Aim::Good };
                 builder.form(&mut rng, form, aim);
             }
@@ -264,7 +268,7 @@ impl Comparison {
             outcome::forgive_rounding(native, &mut soft);
         }
         if native.vector == 14
-            && form.is_some_and(|form| forms::moves_image(form.code))
+            && form.is_some_and(|form| forms::faults_anywhere(form.code))
             && soft.cr2 ^ native.cr2 < 0x1000
         {
             soft.cr2 = native.cr2;

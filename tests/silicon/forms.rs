@@ -81,6 +81,15 @@ fn unfaithful(code: Code) -> bool {
         M::Int | M::Int1 | M::Int3 | M::Into | M::Syscall | M::Sysenter | M::Sysexit | M::Sysret => true,
         // Always a fault here, by privilege or by definition.
         M::Cli | M::Sti | M::Hlt | M::Ud0 | M::Ud1 | M::Ud2 => true,
+        // AMD has prefetches there, which have no register form.
+        M::Reservednop
+            if matches!(
+                code,
+                Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+            ) =>
+        {
+            true
+        }
         // Far through memory, and the transfers of 16 bits that vendors disagree about.
         M::Jmp | M::Call if info.op_kinds() == [OpCodeOperandKind::mem] => true,
         // The 66 prefix on near branches: Intel ignores it, AMD truncates RIP.
@@ -120,6 +129,16 @@ pub(crate) fn moves_image(code: Code) -> bool {
     use Mnemonic as M;
     matches!(code.mnemonic(), M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64)
         || matches!(code.mnemonic(), M::Fnsave | M::Fsave | M::Frstor | M::Fnstenv | M::Fstenv | M::Fldenv)
+}
+
+/// Whether a page fault may name any byte of the page: images again, and stores under a mask.
+pub(crate) fn faults_anywhere(code: Code) -> bool {
+    moves_image(code) || matches!(code.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
+}
+
+/// Whether an unmasked floating-point exception leaves a state that vendors do not agree about.
+pub(crate) fn wants_masked(code: Code) -> bool {
+    touches_mmx(code) || leaves_condition_codes(code)
 }
 
 /// Whether the stack pointer must be good for the instruction to get through.
