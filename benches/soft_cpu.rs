@@ -4,6 +4,8 @@
 //! the host processor where that can be had without leaving safe code (it cannot here: see docs/performance.md for
 //! the native figures), five rounds, medians.
 
+#![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
+
 #[path = "../tests/support/bare.rs"]
 mod bare;
 
