@@ -3,6 +3,8 @@
 //! `cargo bench --bench soft_cpu`: four loops with a known number of instructions, and a boot of the guest kernel from
 //! its entry until it finds no program to run, whose instructions the engine counts. Medians of five rounds.
 
+#![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
+
 #[path = "../tests/support/bare.rs"]
 mod bare;
 

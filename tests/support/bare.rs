@@ -45,6 +45,7 @@ impl IoHandler for ExitOnOut {
 
 /// A machine with one vCPU, ready to run.
 #[derive(Debug)]
+#[allow(dead_code, reason = "not every user looks into memory")]
 pub(crate) struct Bare {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) vcpu: Box<dyn Vcpu>,

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its terminal")]
 
 mod agent;
+mod bench;
 mod busybox_image;
 mod cache;
 mod demo;
@@ -47,6 +48,11 @@ enum Task {
     BusyboxImage,
     /// Install and build whatever the tests need, then run all of them.
     Test,
+    /// Install what the benchmarks compare with, then run all of them.
+    Bench {
+        /// The benchmarks to run: boot, exec_rtt, soft_cpu.
+        names: Vec<String>,
+    },
     /// Run what continuous integration runs.
     Ci,
 }
@@ -67,6 +73,7 @@ fn main() -> Result<()> {
         }
         Task::BusyboxImage => println!("{}", busybox_image::ensure()?.display()),
         Task::Test => test::run()?,
+        Task::Bench { names } => bench::run(&names)?,
         Task::Ci => process::run(&mut workspace::ci_script())?,
     }
     Ok(())
