@@ -211,7 +211,7 @@ impl Builder {
                 self.sequence = start;
             }
         }
-        self.sequence.starts.push(self.sequence.bytes.len());
+        // Not an instruction of its own: when the branch is taken it does not run, and must not be counted.
         self.sequence.bytes.extend(filler);
         true
     }
@@ -230,7 +230,7 @@ impl Builder {
         }
         if info.op_kind(0) == OpCodeOperandKind::r64_or_mem {
             // Register or memory, chosen by the address so that both attempts agree.
-            let in_memory = self.sequence.bytes.len() % 2 == 0;
+            let in_memory = self.sequence.bytes.len().is_multiple_of(2);
             if !in_memory {
                 let register = Register::RAX;
                 self.emit(&load(register, target));
