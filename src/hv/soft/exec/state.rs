@@ -9,6 +9,7 @@ use crate::hv::soft::cpu::{Control, Cpu, SystemMsrs, cr0, efer, is_canonical, se
 use crate::hv::soft::fast::Miss;
 use crate::hv::soft::fast::branch::JumpCache;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::fetches::Fetches;
 use crate::hv::soft::flags::Flags;
 use crate::hv::soft::fpu::FpuState;
 use crate::hv::soft::step::CrossingCache;
@@ -63,7 +64,7 @@ impl Cpu {
             ram,
             io,
             code_writes: Vec::new(),
-            fetch_epoch: [0; 2],
+            fetches: Fetches::new(),
             sse_ready: false,
             jumps: JumpCache::new(),
             general: Vec::new(),
