@@ -80,9 +80,9 @@ fn arithmetic(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Psubsw => lanewise!(insn, |a, b| map16(a, b, |x, y| (x as i16).saturating_sub(y as i16) as u16)),
         Mnemonic::Pmullw => lanewise!(insn, |a, b| map16(a, b, u16::wrapping_mul)),
         Mnemonic::Pmulhw => {
-            lanewise!(insn, |a, b| map16(a, b, |x, y| (i32::from(x as i16) * i32::from(y as i16) >> 16) as u16))
+            lanewise!(insn, |a, b| map16(a, b, |x, y| ((i32::from(x as i16) * i32::from(y as i16)) >> 16) as u16))
         }
-        Mnemonic::Pmulhuw => lanewise!(insn, |a, b| map16(a, b, |x, y| (u32::from(x) * u32::from(y) >> 16) as u16)),
+        Mnemonic::Pmulhuw => lanewise!(insn, |a, b| map16(a, b, |x, y| ((u32::from(x) * u32::from(y)) >> 16) as u16)),
         Mnemonic::Pmuludq => lanewise!(insn, |a, b| map64(a, b, |x, y| u64::from(x as u32) * u64::from(y as u32))),
         Mnemonic::Pmaddwd => lanewise!(insn, |a, b| map32(a, b, multiply_add)),
         Mnemonic::Psadbw => lanewise!(insn, |a, b| map64(a, b, absolute_differences)),
@@ -162,9 +162,7 @@ fn rearrange(insn: &Instruction) -> Option<Executor> {
             crossing!(insn, |a, b| interleave32(a >> 64, b >> 64), mm: |a, b| interleave32(a, b) >> 64)
         }
         Mnemonic::Unpckhps => |cpu, insn| xmm_binary(cpu, insn, |a, b| interleave32(a >> 64, b >> 64)),
-        Mnemonic::Punpckhqdq | Mnemonic::Unpckhpd => {
-            |cpu, insn| xmm_binary(cpu, insn, |a, b| a >> 64 | b >> 64 << 64)
-        }
+        Mnemonic::Punpckhqdq | Mnemonic::Unpckhpd => |cpu, insn| xmm_binary(cpu, insn, |a, b| a >> 64 | b >> 64 << 64),
         Mnemonic::Pshufw => mm_shuffle,
         Mnemonic::Pshufd => |cpu, insn| xmm_immediate(cpu, insn, |_, b, order| shuffle32(b, b, order)),
         Mnemonic::Pshuflw => {
