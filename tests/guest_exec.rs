@@ -1,8 +1,8 @@
 //! Commands in a real guest on the software engine: streams, exit codes, signals, identity, many at once.
 
-mod image_support;
 #[path = "support/guest.rs"]
 mod guest;
+mod image_support;
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;

@@ -15,7 +15,7 @@ use crate::hv::soft::fpu::FpuState;
 use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::{Fpu, Msrs, Segment, Table};
+use crate::hv::state::x86_64::{Msrs, Segment, Table};
 use crate::hv::{HvError, IoHandler};
 use crate::mem::GuestRam;
 
@@ -55,7 +55,7 @@ impl Cpu {
             gdtr: table,
             idtr: table,
             dr: DR_RESET,
-            fpu: FpuState::restore(&Fpu::default()),
+            fpu: FpuState::new(),
             tlb: Tlb::new(),
             lapic,
             clock,
