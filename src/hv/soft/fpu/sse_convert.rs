@@ -65,11 +65,9 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
 
 fn packed_executor(insn: &Instruction) -> Option<Executor> {
     Some(match insn.mnemonic() {
-        Mnemonic::Cvtps2pd => |cpu, insn| {
-            half(cpu, insn, |env, low| {
-                from_qwords([widen(env, low & 0xffff_ffff), widen(env, low >> 32)])
-            })
-        },
+        Mnemonic::Cvtps2pd => {
+            |cpu, insn| half(cpu, insn, |env, low| from_qwords([widen(env, low & 0xffff_ffff), widen(env, low >> 32)]))
+        }
         Mnemonic::Cvtpd2ps => |cpu, insn| {
             whole(cpu, insn, |env, value| {
                 let [low, high] = qwords(value).map(|lane| narrow(env, lane));
@@ -77,7 +75,9 @@ fn packed_executor(insn: &Instruction) -> Option<Executor> {
             })
         },
         Mnemonic::Cvtdq2ps => |cpu, insn| {
-            whole(cpu, insn, |env, value| from_dwords(dwords(value).map(|n| from_int::<Single>(env, n as i32 as i64) as u32)))
+            whole(cpu, insn, |env, value| {
+                from_dwords(dwords(value).map(|n| from_int::<Single>(env, n as i32 as i64) as u32))
+            })
         },
         Mnemonic::Cvtdq2pd => |cpu, insn| {
             half(cpu, insn, |env, low| from_qwords(pair(low).map(|n| from_int::<Double>(env, n as i32 as i64))))

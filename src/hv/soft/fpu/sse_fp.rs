@@ -81,11 +81,7 @@ fn lanes<L: Lane>(env: &mut Env, a: u128, b: u128, f: impl Fn(&mut Env, u64, u64
 }
 
 #[inline(always)]
-fn packed<L: Lane>(
-    cpu: &mut Cpu,
-    insn: &Instruction,
-    f: impl Fn(&mut Env, u64, u64) -> u64,
-) -> Result<Flow, Stop> {
+fn packed<L: Lane>(cpu: &mut Cpu, insn: &Instruction, f: impl Fn(&mut Env, u64, u64) -> u64) -> Result<Flow, Stop> {
     cpu.require_sse()?;
     let b = cpu.xmm_source(insn, 1)?;
     let target = xmm_index(insn.op0_register());
@@ -109,11 +105,7 @@ fn lane<L: Lane>(value: u128) -> u64 {
 }
 
 #[inline(always)]
-fn scalar<L: Lane>(
-    cpu: &mut Cpu,
-    insn: &Instruction,
-    f: impl Fn(&mut Env, u64, u64) -> u64,
-) -> Result<Flow, Stop> {
+fn scalar<L: Lane>(cpu: &mut Cpu, insn: &Instruction, f: impl Fn(&mut Env, u64, u64) -> u64) -> Result<Flow, Stop> {
     cpu.require_sse()?;
     let b = cpu.scalar_source::<L>(insn, 1)?;
     let target = xmm_index(insn.op0_register());

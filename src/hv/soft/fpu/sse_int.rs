@@ -162,9 +162,7 @@ fn rearrange(insn: &Instruction) -> Option<Executor> {
             crossing!(insn, |a, b| interleave32(a >> 64, b >> 64), mm: |a, b| interleave32(a, b) >> 64)
         }
         Mnemonic::Unpckhps => |cpu, insn| xmm_binary(cpu, insn, |a, b| interleave32(a >> 64, b >> 64)),
-        Mnemonic::Punpckhqdq | Mnemonic::Unpckhpd => {
-            |cpu, insn| xmm_binary(cpu, insn, |a, b| a >> 64 | b >> 64 << 64)
-        }
+        Mnemonic::Punpckhqdq | Mnemonic::Unpckhpd => |cpu, insn| xmm_binary(cpu, insn, |a, b| a >> 64 | b >> 64 << 64),
         Mnemonic::Pshufw => mm_shuffle,
         Mnemonic::Pshufd => |cpu, insn| xmm_immediate(cpu, insn, |_, b, order| shuffle32(b, b, order)),
         Mnemonic::Pshuflw => {

@@ -240,8 +240,20 @@ impl X87 {
             (true, true) => match classes {
                 [Class::Quiet, Class::Signaling] => a,
                 [Class::Signaling, Class::Quiet] => b,
-                _ if a.sig != b.sig => if a.sig > b.sig { a } else { b },
-                _ => if a.sign() { b } else { a },
+                _ if a.sig != b.sig => {
+                    if a.sig > b.sig {
+                        a
+                    } else {
+                        b
+                    }
+                }
+                _ => {
+                    if a.sign() {
+                        b
+                    } else {
+                        a
+                    }
+                }
             },
         };
         if classes.contains(&Class::Signaling) && !self.raise(INVALID) {

@@ -161,7 +161,11 @@ fn scale(x87: &mut X87, a: Extended, b: Extended) -> Option<Extended> {
         (Number::Infinity(_), _) => value,
         (Number::Zero(_), _) => value,
         (Number::Finite(real), Number::Infinity(sign)) => {
-            if sign { Number::Zero(real.sign) } else { Number::Infinity(real.sign) }
+            if sign {
+                Number::Zero(real.sign)
+            } else {
+                Number::Infinity(real.sign)
+            }
         }
         (_, Number::Zero(_)) => value,
         (Number::Finite(real), Number::Finite(by)) => {
@@ -219,11 +223,7 @@ fn remainder(x87: &mut X87, a: Extended, b: Extended, nearest: bool) -> Option<E
     let bit = |n: u32, flag: u16| if quotient >> n & 1 == 1 { flag } else { 0 };
     x87.set_condition(C0 | C1 | C3, bit(2, C0) | bit(1, C3) | bit(0, C1));
     let condition = x87.status & C1;
-    let result = if rest == 0 {
-        Extended::zero(dividend.sign)
-    } else {
-        x87.round(as_number(sign, rest, exp), 64)
-    };
+    let result = if rest == 0 { Extended::zero(dividend.sign) } else { x87.round(as_number(sign, rest, exp), 64) };
     x87.set_condition(C1, condition);
     Some(result)
 }
