@@ -1,9 +1,9 @@
 //! A program that nobody here wrote, doing more than a hundred different things: busybox runs one shell
 //! script in the guest and on this machine, and has to print the same.
 
-mod image_support;
 #[path = "support/guest.rs"]
 mod guest;
+mod image_support;
 
 use std::os::unix::fs::symlink;
 use std::process::Command;
