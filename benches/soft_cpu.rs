@@ -1,17 +1,26 @@
 //! How fast the soft engine executes guest code, in millions of guest instructions a second.
 //!
-//! `cargo bench --bench soft_cpu`: four loops with a known number of instructions, each beside the same loop's time on
-//! the host processor where that can be had without leaving safe code (it cannot here: see docs/performance.md for
-//! the native figures), five rounds, medians.
+//! `cargo bench --bench soft_cpu`: four loops with a known number of instructions, and a boot of the guest kernel from
+//! its entry until it finds no program to run, whose instructions the engine counts. Medians of five rounds.
+
+#![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
 
 #[path = "../tests/support/bare.rs"]
 mod bare;
 
+use std::fs::File;
+use std::path::Path;
 use std::time::Instant;
 
 use bare::{Bare, EXIT_PORT};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use kiln::hv::soft::Soft;
+use kiln::units::Bytes;
+use kiln::vm::Assets;
+use kiln::vmm::{Machine, MachineConfig, MachineEnd};
+
+const ROUNDS: usize = 5;
 
 struct Program {
     name: &'static str,
@@ -140,21 +149,45 @@ fn sse() -> Result<Program, IcedError> {
     Ok(Program { name: "sse", code: finish(&mut a)?, instructions: rounds * 10 })
 }
 
+/// Seconds that one run of a loop takes.
+fn run(program: &Program) -> f64 {
+    let mut guest = Bare::new(&program.code);
+    let start = Instant::now();
+    guest.run().expect("the guest runs");
+    start.elapsed().as_secs_f64()
+}
+
+/// Seconds and instructions of a kernel's boot without an init.
+fn boot(kernel: &Path) -> (f64, u64) {
+    let engine = Soft::new();
+    let config = MachineConfig {
+        memory: Bytes::mib(128),
+        kernel: File::open(kernel).expect("the kernel, from `cargo xtask kernel`"),
+        initramfs: Vec::new(),
+        disks: Vec::new(),
+        verbose_boot: false,
+        extra_cmdline: String::new(),
+    };
+    let machine = Machine::start(&engine, config).expect("the machine starts");
+    let start = Instant::now();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let end = runtime.block_on(machine.ended());
+    assert!(matches!(end, MachineEnd::KernelPanic(_)), "the kernel wants an init: {end:?}");
+    (start.elapsed().as_secs_f64(), engine.retired())
+}
+
+fn report(name: &str, mut rounds: Vec<(f64, u64)>) {
+    rounds.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (seconds, instructions) = rounds[rounds.len() / 2];
+    println!("{name:<10} {:>10.0} {:>12.1}", instructions as f64 / seconds / 1e6, seconds * 1e3);
+}
+
 fn main() {
-    let programs = [integer(), memory(), branchy(), sse()];
     println!("{:<10} {:>10} {:>12}", "program", "MIPS", "ms (median)");
-    for program in programs {
+    for program in [integer(), memory(), branchy(), sse()] {
         let program = program.expect("a program that assembles");
-        let mut times: Vec<f64> = (0..5)
-            .map(|_| {
-                let mut guest = Bare::new(&program.code);
-                let start = Instant::now();
-                guest.run().expect("the guest runs");
-                start.elapsed().as_secs_f64()
-            })
-            .collect();
-        times.sort_by(f64::total_cmp);
-        let median = times[times.len() / 2];
-        println!("{:<10} {:>10.0} {:>12.1}", program.name, program.instructions as f64 / median / 1e6, median * 1e3);
+        report(program.name, (0..ROUNDS).map(|_| (run(&program), program.instructions)).collect());
     }
+    let kernel = Assets::user().expect("a home folder").kernel();
+    report("kernel", (0..ROUNDS).map(|_| boot(&kernel)).collect());
 }

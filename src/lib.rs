@@ -34,6 +34,11 @@
 //! An unoptimised build of the software processor is some thirty times slower; in a program that uses kiln put
 //! `[profile.dev.package.kiln] opt-level = 3` into its `Cargo.toml`.
 
+/// The README's example, compiled as a documentation test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod block;
 mod error;
 pub mod exec;

@@ -12,7 +12,7 @@ use kiln::hv::state::VcpuState;
 use kiln::hv::{Exit, HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, Vcpu, VcpuSeed, VmSpec};
 use kiln::mem::GuestRam;
 use kiln::units::{Bytes, Gsi, VcpuId};
-use kiln::vm::{Agent, Assets, Kernel, RootImage, StartError, Vm, VmConfig};
+use kiln::vm::{Agent, Assets, GuestRoot, Kernel, StartError, Vm, VmConfig};
 use kiln::vmm::{Machine, MachineConfig, MachineEnd};
 
 /// What the processor does instead of executing the kernel.
@@ -196,7 +196,7 @@ impl Files {
     }
 
     async fn start(&self, config: VmConfig) -> StartError {
-        Vm::start(RootImage::erofs(self.root()), config).await.expect_err("no script has an agent")
+        Vm::start(GuestRoot::erofs(self.root()), config).await.expect_err("no script has an agent")
     }
 }
 

@@ -149,8 +149,9 @@ impl Pull<'_> {
     /// Fetches the layers. After a failure the other transfers are stopped and waited for, not
     /// dropped: when the error is returned, what they had written is gone.
     async fn layers(&self, manifest: &Manifest) -> Result<(), PullError> {
-        let layers = manifest.layers.iter().enumerate().map(|(index, layer)| async move {
-            let result = self.blob(format!("layer {index}"), layer).await;
+        // Owned items: a closure over borrowed ones is too general for the compiler to see that the future is `Send`.
+        let layers = manifest.layers.iter().cloned().enumerate().map(|(index, layer)| async move {
+            let result = self.blob(format!("layer {index}"), &layer).await;
             if result.is_err() {
                 self.stop.cancel();
             }

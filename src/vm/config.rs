@@ -164,7 +164,7 @@ impl VmConfig {
 
 /// What the guest runs from: a root filesystem image, and what its OCI configuration says about processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RootImage {
+pub struct GuestRoot {
     /// The file with the read-only filesystem.
     pub path: PathBuf,
     /// The type of the filesystem, as the guest's `mount` knows it.
@@ -177,7 +177,7 @@ pub struct RootImage {
     pub user: Option<String>,
 }
 
-impl RootImage {
+impl GuestRoot {
     /// An EROFS image at `path`, with an empty OCI configuration.
     #[must_use]
     pub fn erofs(path: impl Into<PathBuf>) -> Self {

@@ -1,7 +1,7 @@
 //! From an OCI image to a running VM: builds the root filesystem, once, and boots it.
 
 use super::Assets;
-use super::RootImage;
+use super::GuestRoot;
 use super::StartError;
 use super::Vm;
 use super::VmConfig;
@@ -37,7 +37,7 @@ impl Image {
     }
 
     /// The root filesystem and the part of the configuration that concerns processes.
-    async fn root(&self, config: &VmConfig) -> Result<RootImage, StartError> {
+    async fn root(&self, config: &VmConfig) -> Result<GuestRoot, StartError> {
         let assets = config.assets.clone().or_else(Assets::user);
         let assets = assets.ok_or(StartError::Config("the user has no home folder; name a cache folder"))?;
         let cache = RootfsCache::open(assets.dir().join("rootfs")).await?;
@@ -47,7 +47,7 @@ impl Image {
             let (name, value) = entry.split_once('=')?;
             Some((name.to_owned(), value.to_owned()))
         };
-        let mut root = RootImage::erofs(built.path);
+        let mut root = GuestRoot::erofs(built.path);
         root.env = oci.env.iter().filter_map(variable).collect();
         root.user = oci.user.clone().filter(|user| !user.is_empty());
         if let Some(folder) = oci.working_dir.clone().filter(|folder| !folder.is_empty()) {

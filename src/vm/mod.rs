@@ -1,7 +1,7 @@
 //! A running microVM: start it, run commands in it, stop it.
 //!
 //! ```text
-//!   RootImage + VmConfig --start--> (boot, agent answers) --> Vm --exec--> ExecChild
+//!   GuestRoot + VmConfig --start--> (boot, agent answers) --> Vm --exec--> ExecChild
 //!                                                              |
 //!                                          driver task owns the Machine
 //! ```
@@ -17,7 +17,7 @@ mod image_start;
 mod start;
 
 pub use assets::Assets;
-pub use config::{Agent, Kernel, RootImage, VmConfig};
+pub use config::{Agent, GuestRoot, Kernel, VmConfig};
 pub use error::{ShutdownError, StartError, VmEnd};
 
 use std::sync::Arc;
@@ -55,7 +55,7 @@ impl Vm {
     ///
     /// # Cancel safety
     /// Dropping the future stops what has been started.
-    pub async fn start(root: RootImage, config: VmConfig) -> Result<Self, StartError> {
+    pub async fn start(root: GuestRoot, config: VmConfig) -> Result<Self, StartError> {
         let boot_timeout = config.boot_timeout;
         let building = tokio::task::spawn_blocking(move || start::machine(&root, config));
         let machine = match building.await {

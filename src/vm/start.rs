@@ -11,8 +11,8 @@ use kiln_wire::boot::GuestConfig;
 use super::CONSOLE_LINES;
 use super::assets::Assets;
 use super::config::Agent;
+use super::config::GuestRoot;
 use super::config::Kernel;
-use super::config::RootImage;
 use super::config::VmConfig;
 use super::error::StartError;
 use crate::block::FileBackend;
@@ -31,7 +31,7 @@ use crate::vmm::boot::cpio;
 const AGENT_MAX: u64 = 64 << 20;
 
 /// Reads the files and starts the machine. Blocks for as long as reading a kernel takes.
-pub(super) fn machine(root: &RootImage, config: VmConfig) -> Result<Machine, StartError> {
+pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, StartError> {
     if config.vcpus != 1 {
         return Err(StartError::Config("only one vCPU is supported so far"));
     }
@@ -87,7 +87,7 @@ fn ended_early(end: MachineEnd, console: Vec<String>) -> StartError {
     }
 }
 
-fn guest_config(root: &RootImage, config: &VmConfig) -> GuestConfig {
+fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
     let defaults = GuestConfig::default();
     GuestConfig {
         hostname: config.hostname.clone().unwrap_or(defaults.hostname),

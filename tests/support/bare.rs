@@ -4,7 +4,8 @@
 //! ends at [`STACK`]. A guest ends its run by `out` to [`EXIT_PORT`].
 
 use std::num::NonZeroU8;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::OnceLock;
 
 use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
@@ -14,11 +15,11 @@ use kiln::mem::GuestRam;
 use kiln::units::{Bytes, GuestAddr, VcpuId};
 
 /// Where code is loaded.
-pub const CODE: u64 = 0x10_0000;
+pub(crate) const CODE: u64 = 0x10_0000;
 /// Initial stack pointer.
-pub const STACK: u64 = 0x20_0000;
+pub(crate) const STACK: u64 = 0x20_0000;
 /// A write to this port ends the run.
-pub const EXIT_PORT: u16 = 0xf4;
+pub(crate) const EXIT_PORT: u16 = 0xf4;
 
 #[derive(Debug)]
 struct ExitOnOut {
@@ -44,14 +45,15 @@ impl IoHandler for ExitOnOut {
 
 /// A machine with one vCPU, ready to run.
 #[derive(Debug)]
-pub struct Bare {
-    pub ram: Arc<GuestRam>,
-    pub vcpu: Box<dyn Vcpu>,
+#[allow(dead_code, reason = "not every user looks into memory")]
+pub(crate) struct Bare {
+    pub(crate) ram: Arc<GuestRam>,
+    pub(crate) vcpu: Box<dyn Vcpu>,
 }
 
 impl Bare {
     /// Loads `code` and enters it.
-    pub fn new(code: &[u8]) -> Self {
+    pub(crate) fn new(code: &[u8]) -> Self {
         let ram = Arc::new(GuestRam::new(Bytes::mib(64)).expect("guest memory"));
         store64(&ram, 0x1000, 0x2003);
         store64(&ram, 0x2000, 0x3003);
@@ -71,7 +73,7 @@ impl Bare {
     }
 
     /// Runs until the guest leaves by the exit port, and returns its state then.
-    pub fn run(&mut self) -> Result<VcpuState, HvError> {
+    pub(crate) fn run(&mut self) -> Result<VcpuState, HvError> {
         assert_eq!(self.vcpu.run()?, Exit::Kicked, "the guest shut down");
         self.vcpu.save()
     }
@@ -82,7 +84,7 @@ fn store64(ram: &GuestRam, at: u64, value: u64) {
 }
 
 /// 64-bit mode at privilege level 0, interrupts off.
-pub fn initial_state() -> VcpuState {
+pub(crate) fn initial_state() -> VcpuState {
     let code = Segment { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xa09b, unusable: false };
     let data = Segment { selector: 0x18, base: 0, limit: u32::MAX, attributes: 0xc093, unusable: false };
     let mut gpr = [0; 16];
@@ -104,24 +106,7 @@ pub fn initial_state() -> VcpuState {
         idtr: Table::default(),
         msrs: Msrs { efer: 0xd01, pat: 0x0007_0406_0007_0406, ..Msrs::default() },
         fpu: Fpu::default(),
-        lapic: Lapic {
-            apic_base: 0xfee0_0900,
-            id: 0,
-            tpr: 0,
-            ldr: 0,
-            dfr: u32::MAX,
-            svr: 0xff,
-            esr: 0,
-            isr: [0; 8],
-            tmr: [0; 8],
-            irr: [0; 8],
-            icr: 0,
-            lvt: [0x1_0000; 6],
-            timer_initial: 0,
-            timer_divide: 0,
-            timer_left_ns: None,
-            tsc_deadline: 0,
-        },
+        lapic: Lapic::default(),
         interrupt_shadow: false,
         halted: false,
     }

@@ -3,14 +3,13 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::Context;
-use anyhow::Result;
-use sha2::Digest;
-use sha2::Sha256;
-
 use crate::cache::Section;
 use crate::process;
+use crate::progress::Running;
 use crate::workspace;
+use anyhow::Context;
+use anyhow::Result;
+use kiln::image::Digest;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -18,7 +17,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub(crate) fn ensure() -> Result<PathBuf> {
     let binary = build()?;
     let bytes = fs::read(&binary).with_context(|| format!("cannot read {}", binary.display()))?;
-    let key = hex(&Sha256::digest(&bytes));
+    let key = Digest::of(&bytes).hex();
     let section = Section::open("agent")?;
     if section.find(&key).is_none() {
         let writer = section.writer()?;
@@ -38,6 +37,7 @@ fn build() -> Result<PathBuf> {
     // Flags given for the whole build would apply to build scripts too, which cannot be static; naming the
     // target keeps them apart, and a target folder of its own keeps the flags from rebuilding the rest.
     let target_dir = workspace::root().join("target/agent");
+    let _running = Running::start("building the guest agent");
     process::run(
         workspace::cargo()
             .args(["build", "--quiet", "--locked", "--profile", "agent", "--package", "kiln-agent", "--target", TARGET])
@@ -47,9 +47,4 @@ fn build() -> Result<PathBuf> {
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
     )?;
     Ok(target_dir.join(TARGET).join("agent/kiln-agent"))
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,24 +1,23 @@
 //! An OCI layout made of the distribution's `busybox-static` package: the demo's image, made without a network.
 
 use std::fs;
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Context;
 use anyhow::Result;
-use serde_json::json;
-use sha2::Digest;
-use sha2::Sha256;
+use kiln::image::Digest;
+use kiln::image::ImageConfig;
 
-use crate::agent::hex;
 use crate::cache::Section;
 use crate::packages;
 use crate::process;
 
 const BUSYBOX: &str = "/bin/busybox";
+
+/// The image's name in its layout.
+const TAG: &str = "latest";
 
 const FOLDERS: &[(&str, u32)] = &[
     ("bin", 0o755),
@@ -51,13 +50,13 @@ pub(crate) fn ensure() -> Result<PathBuf> {
     let layer = layer(&busybox, applets.lines())?;
 
     let section = Section::open("demo")?;
-    let key = hex(&Sha256::digest(&layer));
+    let key = Digest::of(&layer).hex();
     if let Some(layout) = section.find(&key) {
         return Ok(layout);
     }
     let writer = section.writer()?;
     let entry = writer.scratch().join("layout");
-    write_layout(&entry, &layer)?;
+    write_layout(&entry, layer)?;
     match section.find(&key) {
         Some(layout) => Ok(layout),
         None => writer.publish(&entry, &key),
@@ -96,41 +95,15 @@ fn header(kind: tar::EntryType, mode: u32, size: usize) -> tar::Header {
     header
 }
 
-/// Writes the layout of an image of one layer, per the OCI image specification 1.1.
-fn write_layout(dir: &Path, layer: &[u8]) -> Result<()> {
-    let blobs = dir.join("blobs/sha256");
-    fs::create_dir_all(&blobs)?;
-    let layer = write_blob(&blobs, layer, "application/vnd.oci.image.layer.v1.tar")?;
-    let config = json!({
-        "architecture": "amd64",
-        "os": "linux",
-        "config": {
-            "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-            "Cmd": ["sh"],
-            "WorkingDir": "/",
-        },
-        // An uncompressed layer is its own diff.
-        "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
-    });
-    let config = write_blob(&blobs, &serde_json::to_vec(&config)?, "application/vnd.oci.image.config.v1+json")?;
-    let kind = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
-    let manifest = write_blob(&blobs, &serde_json::to_vec(&manifest)?, kind)?;
-    let index = json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.index.v1+json",
-        "manifests": [manifest],
-    });
-    fs::write(dir.join("index.json"), serde_json::to_vec(&index)?)?;
-    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+/// Writes the layout of the image with this one layer.
+fn write_layout(dir: &Path, layer: Vec<u8>) -> Result<()> {
+    let mut config = ImageConfig::default();
+    config.env = vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
+    config.cmd = vec!["sh".to_owned()];
+    config.working_dir = Some("/".to_owned());
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    runtime.block_on(kiln::image::write_single_layer(dir, TAG, layer, &config))?;
     Ok(())
-}
-
-/// Writes one blob under its digest and returns its descriptor.
-fn write_blob(blobs: &Path, bytes: &[u8], media_type: &str) -> Result<serde_json::Value> {
-    let digest = hex(&Sha256::digest(bytes));
-    File::create(blobs.join(&digest)).and_then(|mut file| file.write_all(bytes))?;
-    Ok(json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len() }))
 }
 
 #[cfg(test)]
@@ -143,14 +116,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let layer = layer(b"#!busybox", ["bin/sh", "bin/busybox", "usr/bin/id", "linuxrc"].into_iter()).unwrap();
         let layout = dir.path().join("layout");
-        write_layout(&layout, &layer).unwrap();
-        let copy = format!("oci:{}:latest", dir.path().join("copy").display());
-        // skopeo gives the manifest the tag that umoci asks for, and checks every digest on the way.
-        process::output(Command::new("skopeo").arg("copy").arg(format!("oci:{}", layout.display())).arg(&copy))
-            .unwrap();
-        let image = copy.strip_prefix("oci:").unwrap();
+        write_layout(&layout, layer).unwrap();
+        let image = format!("{}:{TAG}", layout.display());
         let bundle = dir.path().join("bundle");
-        process::output(Command::new("umoci").args(["unpack", "--rootless", "--image", image]).arg(&bundle)).unwrap();
+        process::output(Command::new("umoci").args(["unpack", "--rootless", "--image", &image]).arg(&bundle)).unwrap();
         let root = bundle.join("rootfs");
         assert_eq!(fs::read(root.join("bin/busybox")).unwrap(), b"#!busybox");
         assert_eq!(fs::read_link(root.join("bin/sh")).unwrap(), Path::new(BUSYBOX));

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use anyhow::Result;
+use kiln::vm::Assets;
 
 const SCRATCH_PREFIX: &str = ".scratch-";
 
@@ -31,8 +32,7 @@ pub(crate) struct Writer<'a> {
 impl Section {
     /// Opens the section, creating its folder when needed.
     pub(crate) fn open(name: &str) -> Result<Self> {
-        let home = std::env::home_dir().filter(|home| home.is_absolute()).context("no home folder: set HOME")?;
-        Self::at(home.join(".cache/kiln").join(name))
+        Self::at(Assets::user().context("no home folder: set HOME")?.dir().join(name))
     }
 
     fn at(dir: PathBuf) -> Result<Self> {

@@ -2,6 +2,8 @@
 //!
 //! Every answer is checked, not only shown: the demo fails when the guest answers wrongly.
 
+use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -18,42 +20,79 @@ use tokio::task::JoinSet;
 use crate::agent;
 use crate::busybox_image;
 use crate::kernel;
+use crate::packages;
+use crate::progress;
+use crate::progress::Running;
 
 const AT_ONCE: usize = 20;
 
-/// Runs the demo on the image that `reference` names, or on one made of the distribution's busybox.
-pub(crate) fn run(reference: Option<&str>) -> Result<()> {
-    let mut phases = Phases::default();
-    kernel::ensure(None)?;
-    phases.done("guest kernel", "built or found in the cache");
-    agent::ensure()?;
-    phases.done("guest agent", "built or found in the cache");
-    tokio::runtime::Runtime::new()?.block_on(guest(reference, &mut phases))?;
-    phases.print();
+/// Runs the demo on the image that `name` is the reference or the layout folder of, or on one made of the
+/// distribution's busybox.
+pub(crate) fn run(name: Option<&str>) -> Result<()> {
+    let mut phases = Phases::start();
+    phases.done("guest kernel", &kernel::ensure(None)?.display().to_string());
+    phases.done("guest agent", &agent::ensure()?.display().to_string());
+    let source = Source::of(name)?;
+    tokio::runtime::Runtime::new()?.block_on(guest(&source, &mut phases))?;
+    phases.total();
     Ok(())
 }
 
-async fn guest(reference: Option<&str>, phases: &mut Phases) -> Result<()> {
-    let image = image(reference).await?;
-    phases.done("image", image.digest().to_string());
-    let vm = image.start(VmConfig::new()).await.context("the guest did not start")?;
+/// Where the image comes from.
+enum Source<'a> {
+    Layout(&'a Path),
+    Registry(&'a str),
+    Busybox(PathBuf),
+}
+
+impl<'a> Source<'a> {
+    /// Tells folders from references, and prepares what reading the image needs.
+    fn of(name: Option<&'a str>) -> Result<Self> {
+        match name {
+            None => busybox_image::ensure().map(Self::Busybox),
+            // No reference starts like a path.
+            Some(path) if path.starts_with(['/', '.']) || Path::new(path).join("oci-layout").is_file() => {
+                Ok(Self::Layout(Path::new(path)))
+            }
+            Some(reference) => {
+                packages::ensure("talking to registries", &["ca-certificates"])?;
+                Ok(Self::Registry(reference))
+            }
+        }
+    }
+
+    async fn image(&self) -> Result<Image> {
+        let folder = match self {
+            Self::Registry(reference) => {
+                let _running = Running::start(format!("pulling {reference}"));
+                return Image::pull(reference).await.with_context(|| format!("cannot pull {reference}"));
+            }
+            Self::Layout(folder) => folder,
+            Self::Busybox(folder) => folder.as_path(),
+        };
+        Image::from_oci_layout(folder).await.with_context(|| format!("cannot read {}", folder.display()))
+    }
+}
+
+async fn guest(source: &Source<'_>, phases: &mut Phases) -> Result<()> {
+    let image = source.image().await?;
+    phases.done("image", &image.digest().to_string());
+    let vm = boot(&image).await?;
     phases.done("boot to agent", "a Linux kernel on the software processor");
-    phases.done("uname -a", uname(&vm).await?);
-    phases.done("cat", cat(&vm).await?);
-    phases.done("exit code", exit_code(&vm).await?);
-    phases.done("stderr", stderr_apart(&vm).await?);
-    phases.done(format!("{AT_ONCE} at once"), many(&vm).await?);
+    phases.done("uname -a", &uname(&vm).await?);
+    phases.done("cat", &cat(&vm).await?);
+    phases.done("exit code", &exit_code(&vm).await?);
+    phases.done("stderr", &stderr_apart(&vm).await?);
+    phases.done(&format!("{AT_ONCE} at once"), &many(&vm).await?);
     vm.shutdown().await.context("the guest did not stop")?;
     phases.done("shutdown", "orderly");
     Ok(())
 }
 
-async fn image(reference: Option<&str>) -> Result<Image> {
-    if let Some(reference) = reference {
-        return Image::pull(reference).await.with_context(|| format!("cannot pull {reference}"));
-    }
-    let layout = busybox_image::ensure()?;
-    Image::from_oci_layout(&layout).await.with_context(|| format!("cannot read {}", layout.display()))
+/// The first boot of an image writes its root filesystem too, which takes a while for a large one.
+async fn boot(image: &Image) -> Result<Vm> {
+    let _running = Running::start("booting");
+    image.start(VmConfig::new()).await.context("the guest did not start")
 }
 
 async fn uname(vm: &Vm) -> Result<String> {
@@ -104,31 +143,34 @@ async fn many(vm: &Vm) -> Result<String> {
     Ok("each by tokio::spawn, each with its own answer".to_owned())
 }
 
-/// What was done and how long it took.
+/// Tells what was done and how long it took, a line a phase as it ends.
 struct Phases {
-    done: Vec<(String, Duration, String)>,
+    started: Instant,
     since: Instant,
 }
 
-impl Default for Phases {
-    fn default() -> Self {
-        Self { done: Vec::new(), since: Instant::now() }
-    }
-}
-
 impl Phases {
-    /// Ends the running phase and starts the next.
-    fn done(&mut self, name: impl Into<String>, result: impl Into<String>) {
+    fn start() -> Self {
         let now = Instant::now();
-        self.done.push((name.into(), now - self.since, result.into()));
+        Self { started: now, since: now }
+    }
+
+    /// Ends the running phase and starts the next.
+    fn done(&mut self, name: &str, result: &str) {
+        let now = Instant::now();
+        print(name, now - self.since, result);
         self.since = now;
     }
 
-    fn print(&self) {
-        let total = self.done.iter().map(|(_, time, _)| *time).sum::<Duration>();
-        for (name, time, result) in &self.done {
-            println!("{name:<16}{:>10.1} ms   {result}", time.as_secs_f64() * 1e3);
-        }
-        println!("{:<16}{:>10.1} ms", "total", total.as_secs_f64() * 1e3);
+    fn total(&self) {
+        print("total", self.started.elapsed(), "");
     }
+}
+
+fn print(name: &str, time: Duration, result: &str) {
+    let time = match time.as_secs_f64() {
+        long @ 10.0.. => format!("{long:.1} s "),
+        short => format!("{:.1} ms", short * 1e3),
+    };
+    progress::say(format!("{name:<14}{time:>11}   {result}").trim_end());
 }

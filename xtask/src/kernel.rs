@@ -13,10 +13,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use anyhow::Result;
-use sha2::Digest;
-use sha2::Sha256;
+use kiln::image::Digest;
 
-use crate::agent::hex;
 use crate::cache::Section;
 use crate::cache::Writer;
 use crate::kernel::config::Config;
@@ -26,6 +24,9 @@ use crate::workspace;
 
 /// Counts changes of how the kernel is built that its configuration does not show.
 const RECIPE: &str = "1";
+
+/// Hexadecimal digits of a key: enough, and a path that can be read.
+const KEY_DIGITS: usize = 24;
 
 /// What a build needs beyond the source.
 const BUILD_PACKAGES: &[&str] =
@@ -61,12 +62,12 @@ pub(crate) fn ensure(tree: Option<&Path>) -> Result<PathBuf> {
 }
 
 fn key(config: &Config, source: &Source) -> String {
-    let mut hash = Sha256::new();
+    let mut parts = Vec::new();
     for part in [RECIPE, source.version(), config.options()] {
-        hash.update((part.len() as u64).to_le_bytes());
-        hash.update(part);
+        parts.extend((part.len() as u64).to_le_bytes());
+        parts.extend(part.as_bytes());
     }
-    hex(&hash.finalize()[..12])
+    Digest::of(&parts).hex()[..KEY_DIGITS].to_owned()
 }
 
 fn is_current(section: &Section, config: &Config) -> bool {

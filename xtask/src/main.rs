@@ -2,12 +2,14 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool talks to its terminal")]
 
 mod agent;
+mod bench;
 mod busybox_image;
 mod cache;
 mod demo;
 mod kernel;
 mod packages;
 mod process;
+mod progress;
 mod test;
 mod workspace;
 
@@ -29,7 +31,8 @@ struct Args {
 enum Task {
     /// Boot a microVM and run commands in it, with everything that takes.
     Demo {
-        /// Any image reference, in place of one made of the distribution's busybox.
+        /// Any image with a shell, in place of one made of the distribution's busybox: a reference to pull, or
+        /// the path of an OCI layout folder.
         #[arg(long, value_name = "REF")]
         image: Option<String>,
     },
@@ -45,6 +48,11 @@ enum Task {
     BusyboxImage,
     /// Install and build whatever the tests need, then run all of them.
     Test,
+    /// Install what the benchmarks compare with, then run all of them.
+    Bench {
+        /// The benchmarks to run: boot, exec_rtt, soft_cpu.
+        names: Vec<String>,
+    },
     /// Run what continuous integration runs.
     Ci,
 }
@@ -65,6 +73,7 @@ fn main() -> Result<()> {
         }
         Task::BusyboxImage => println!("{}", busybox_image::ensure()?.display()),
         Task::Test => test::run()?,
+        Task::Bench { names } => bench::run(&names)?,
         Task::Ci => process::run(&mut workspace::ci_script())?,
     }
     Ok(())

@@ -9,6 +9,8 @@ use anyhow::Result;
 use anyhow::bail;
 
 use crate::process;
+use crate::progress;
+use crate::progress::Running;
 
 /// Makes sure that `packages` are installed, which `purpose` needs.
 ///
@@ -16,7 +18,7 @@ use crate::process;
 /// packages. On other systems it says what is needed and trusts that it is there.
 pub(crate) fn ensure(purpose: &str, packages: &[&str]) -> Result<()> {
     if !process::exists("dpkg-query") {
-        eprintln!("not a Debian system: {purpose} needs the equivalents of {}", packages.join(" "));
+        progress::note(&format!("not a Debian system: {purpose} needs the equivalents of {}", packages.join(" ")));
         return Ok(());
     }
     let installed = installed(packages)?;
@@ -27,7 +29,7 @@ pub(crate) fn ensure(purpose: &str, packages: &[&str]) -> Result<()> {
     if !is_root() || !process::exists("apt-get") {
         bail!("{purpose} needs packages that are missing: run `apt-get install {}` as root", missing.join(" "));
     }
-    eprintln!("installing for {purpose}: {}", missing.join(" "));
+    let _running = Running::start(format!("installing for {purpose}: {}", missing.join(" ")));
     process::output(&mut apt(&["update"]))?;
     process::output(apt(&["install", "--yes", "--no-install-recommends"]).args(missing))?;
     Ok(())

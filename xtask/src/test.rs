@@ -16,11 +16,12 @@ use crate::agent;
 use crate::kernel;
 use crate::packages;
 use crate::process;
+use crate::progress::Running;
 use crate::workspace;
 
 /// Programs that the tests run against or check with; nothing is skipped for want of one.
 const PACKAGES: &[&str] =
-    &["busybox-static", "debootstrap", "docker-registry", "erofs-utils", "qemu-system-x86", "skopeo", "umoci"];
+    &["busybox-static", "ca-certificates", "debootstrap", "docker-registry", "erofs-utils", "skopeo", "umoci"];
 
 /// Prepares and runs all tests of the workspace, documentation examples included.
 pub(crate) fn run() -> Result<()> {
@@ -49,6 +50,7 @@ fn build() -> Result<()> {
     thread::scope(|scope| {
         let kernel = scope.spawn(|| kernel::ensure(None));
         agent::ensure()?;
+        let _running = Running::start("building the tests");
         process::run(workspace::cargo().args(["test", "--workspace", "--locked", "--no-run", "--quiet"]))?;
         kernel.join().expect("building the kernel reports errors, it does not panic")?;
         Ok(())

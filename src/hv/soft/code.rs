@@ -39,7 +39,13 @@ pub(super) struct CodeCache {
 impl CodeCache {
     pub(super) fn new() -> Self {
         let translator = Translator::new();
-        let mut cache = Self { arena: Vec::new(), blocks: HashMap::default(), pages: HashMap::default(), translator };
+        let mut cache = Self {
+            arena: Vec::with_capacity(MAX_OPS + 128),
+            blocks: HashMap::default(),
+            pages: HashMap::default(),
+            translator,
+        };
+        // Reserved whole so that it never moves; the host gives memory only for what is used.
         cache.arena.push(unreachable_op());
         cache
     }
@@ -58,7 +64,7 @@ impl CodeCache {
         }
         let Block { ops, bytes } = self.translator.block(&cpu.ram, at, &mut cpu.general);
         let op = self.arena.len() as u32;
-        self.arena.extend(ops);
+        self.arena.extend_from_slice(ops);
         self.blocks.insert(at, op);
         self.pages.entry(at / PAGE_SIZE).or_default().push(Extent { start: at, bytes, op });
         if cpu.code_map.mark(at, bytes) {

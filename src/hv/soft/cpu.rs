@@ -8,13 +8,14 @@ use crate::hv::IoHandler;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
 
-use super::apic::{IoApic, Lapic};
+use super::apic::{IOAPIC_BASE, IoApic, Lapic};
 use super::clock::Clock;
 use super::code_map::CodeMap;
 use super::exec::Executor;
 use super::fast::branch::JumpCache;
 use super::fast::{Miss, Patch};
 use super::fault::{Exception, Stop};
+use super::fetches::Fetches;
 use super::flags::{self, Flags};
 use super::fpu::FpuState;
 use super::step::CrossingCache;
@@ -146,9 +147,8 @@ pub(super) struct Cpu {
     pub(super) code_writes: Vec<(u64, u32)>,
     /// Which RAM the run loop has decoded.
     pub(super) code_map: CodeMap,
-    /// Counts changes of what fetch addresses mean, lower and upper half of the address space apart: what
-    /// is remembered by address of decoded code is good for one value.
-    pub(super) fetch_epoch: [u32; 2],
+    /// For how long what is remembered by address of decoded code is good.
+    pub(super) fetches: Fetches,
     /// Whether SSE instructions may execute: CR0.EM and TS clear, CR4.OSFXSR set.
     pub(super) sse_ready: bool,
     /// Blocks by linear address.
@@ -204,40 +204,24 @@ impl Cpu {
     /// Forgets all translations (CR0, CR4 and EFER changes).
     pub(super) fn flush_tlb(&mut self) {
         self.tlb.flush_all();
-        self.fetch_epoch = self.fetch_epoch.map(|epoch| epoch.wrapping_add(1));
+        self.fetches.forget_all();
     }
 
     /// Forgets translations of pages that are not global (a CR3 write).
     pub(super) fn flush_tlb_local(&mut self) {
         self.tlb.flush_local();
-        self.fetch_epoch = self.fetch_epoch.map(|epoch| epoch.wrapping_add(1));
+        self.fetches.forget_local();
     }
 
     /// Forgets one page's translation (INVLPG).
     pub(super) fn flush_tlb_page(&mut self, va: u64) {
         self.tlb.flush_page(va);
-        let epoch = &mut self.fetch_epoch[(va >> 63) as usize];
-        *epoch = epoch.wrapping_add(1);
+        self.fetches.forget_page(va);
     }
 
     /// #GP(0) unless at privilege level 0.
     pub(super) fn require_cpl0(&self) -> Result<(), Stop> {
         if self.cpl() == 0 { Ok(()) } else { Err(Exception::general_protection(0).into()) }
-    }
-
-    /// Pushes 64 bits; RSP changes only when the write succeeds.
-    #[inline]
-    pub(super) fn push64(&mut self, value: u64) -> Result<(), Stop> {
-        let sp = self.regs[slot::RSP].wrapping_sub(8);
-        self.write::<u64>(sp, value).map_err(stack_fault)?;
-        self.regs[slot::RSP] = sp;
-        Ok(())
-    }
-
-    /// Reads the 64 bits at RSP + `offset`, with a stack access's faults; RSP does not change.
-    #[inline]
-    pub(super) fn peek64(&mut self, offset: u64) -> Result<u64, Stop> {
-        self.read::<u64>(self.regs[slot::RSP].wrapping_add(offset)).map_err(stack_fault)
     }
 }
 
@@ -256,12 +240,10 @@ pub(super) const fn is_canonical(address: u64) -> bool {
 }
 
 impl Cpu {
-    const IOAPIC_PAGE: u64 = 0xfec0_0000;
-
     /// Serves a read of the APICs' pages, which are the engine's own; false for any other address.
     pub(super) fn apic_read(&mut self, gpa: u64, into: &mut [u8]) -> bool {
         let page = gpa & !0xfff;
-        let value = if page == Self::IOAPIC_PAGE {
+        let value = if page == IOAPIC_BASE {
             self.ioapic.mmio_read(gpa & 0xfff)
         } else if self.lapic.mmio_base() == Some(page) {
             self.lapic.mmio_read(gpa & 0xfff)
@@ -281,7 +263,7 @@ impl Cpu {
         let len = data.len().min(4);
         bytes[..len].copy_from_slice(&data[..len]);
         let (page, value) = (gpa & !0xfff, u32::from_le_bytes(bytes));
-        if page == Self::IOAPIC_PAGE {
+        if page == IOAPIC_BASE {
             self.ioapic.mmio_write(gpa & 0xfff, value);
         } else if self.lapic.mmio_base() == Some(page) {
             self.lapic.mmio_write(gpa & 0xfff, value);

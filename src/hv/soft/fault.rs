@@ -30,12 +30,10 @@ impl Exception {
     }
     pub(super) const DIVIDE: Self = Self::plain(0);
     pub(super) const DEBUG: Self = Self::plain(1);
-    pub(super) const BREAKPOINT: Self = Self::plain(3);
     pub(super) const INVALID_OPCODE: Self = Self::plain(6);
     pub(super) const NO_FPU: Self = Self::plain(7);
     pub(super) const X87: Self = Self::plain(16);
     pub(super) const SIMD: Self = Self::plain(19);
-    pub(super) const ALIGNMENT: Self = Self::with_code(17, 0);
     pub(super) const DOUBLE: Self = Self::with_code(8, 0);
 
     pub(super) const fn invalid_tss(code: u32) -> Self {

@@ -166,11 +166,6 @@ impl Flags {
         self.set_rflags(if zf { rflags | ZF } else { rflags });
     }
 
-    /// Replaces AF and keeps the others.
-    pub(super) fn set_af(&mut self, af: bool) {
-        self.aux = if af { self.aux | AF } else { self.aux & !AF };
-    }
-
     /// The six flags in their RFLAGS positions; all other bits are clear.
     pub(super) fn rflags(&self) -> u64 {
         let bit = |set: bool, mask: u64| if set { mask } else { 0 };

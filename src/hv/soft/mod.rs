@@ -1,6 +1,5 @@
 //! The software x86-64 processor.
 #![forbid(unsafe_code)]
-#![allow(dead_code, reason = "in construction")]
 
 mod apic;
 mod clock;
@@ -12,6 +11,7 @@ mod engine;
 mod exec;
 mod fast;
 mod fault;
+mod fetches;
 mod flags;
 mod fpu;
 mod mailbox;

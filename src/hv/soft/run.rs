@@ -12,6 +12,7 @@
 //! can be noticed, and how rarely the clock is read.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::hv::state::VcpuState;
 use crate::hv::{Exit, HvError, Vcpu};
@@ -22,7 +23,7 @@ use super::exec::{Shutdown, Source};
 use super::fast::{Leave, Patch};
 use super::fault::{Exception, Flow, Stop};
 use super::flags::{IF, TF};
-use super::mailbox::Mailbox;
+use super::mailbox::{Mailbox, Signals};
 use crate::units::PAGE_SIZE;
 
 /// Instructions between two looks at the clock. Also bounds how deep handlers may call one another where the
@@ -41,11 +42,14 @@ pub(super) struct SoftVcpu {
     halted: bool,
     /// Instructions left of the slice.
     slice: i32,
+    /// Instructions executed since they were last added to the engine's count.
+    executed: i32,
+    retired: Arc<AtomicU64>,
 }
 
 impl SoftVcpu {
-    pub(super) fn new(cpu: Cpu, mailbox: Arc<Mailbox>) -> Self {
-        Self { cpu, code: CodeCache::new(), mailbox, halted: false, slice: 0 }
+    pub(super) fn new(cpu: Cpu, mailbox: Arc<Mailbox>, retired: Arc<AtomicU64>) -> Self {
+        Self { cpu, code: CodeCache::new(), mailbox, halted: false, slice: 0, executed: 0, retired }
     }
 
     fn advance(&mut self) -> Result<Option<Exit>, HvError> {
@@ -54,6 +58,9 @@ impl SoftVcpu {
                 return Ok(Some(Exit::Kicked));
             }
             self.cpu.lapic.poll();
+            if self.cpu.lapic.take_signals() != Signals::default() {
+                return Err(self.unimplemented("an NMI, INIT or start-up message"));
+            }
         }
         if !self.cpu.code_writes.is_empty() {
             self.code.drop_written(&mut self.cpu);
@@ -61,6 +68,8 @@ impl SoftVcpu {
         if self.slice <= 0 {
             self.cpu.lapic.poll();
             self.slice = SLICE;
+            self.retired.fetch_add(self.executed.max(0) as u64, Ordering::Relaxed);
+            self.executed = 0;
         }
         if self.take_interrupt()? {
             return Ok(Some(Exit::Shutdown));
@@ -117,6 +126,7 @@ impl SoftVcpu {
             self.cpu.regs[slot::PAGE] = self.cpu.rip & !(PAGE_SIZE - 1);
             self.cpu.patch = None;
             let leave = (op.run)(&mut self.cpu, op, rest, self.code.arena());
+            self.executed += self.slice - self.cpu.budget;
             self.slice = self.cpu.budget;
             match leave {
                 Leave::Lookup => patch = self.cpu.patch.take(),

@@ -95,9 +95,14 @@ impl Cpu {
     }
 }
 
+/// A decoder of bytes that begin at `offset` in their page.
+pub(super) fn decoder(bytes: &[u8], offset: u64) -> Decoder<'_> {
+    Decoder::with_ip(64, bytes, offset, DecoderOptions::AMD)
+}
+
 /// Decodes one instruction at `offset` in its page; the error is whether more bytes were wanted.
 pub(super) fn decode(bytes: &[u8], offset: u64) -> Result<Instruction, bool> {
-    let mut decoder = Decoder::with_ip(64, bytes, offset, DecoderOptions::AMD);
+    let mut decoder = decoder(bytes, offset);
     let insn = decoder.decode();
     if insn.is_invalid() {
         return Err(decoder.last_error() == iced_x86::DecoderError::NoMoreBytes);

@@ -1,6 +1,6 @@
 //! From instruction bytes to operations: decodes one block and picks each instruction's handler.
 
-use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 use crate::mem::GuestRam;
 use crate::units::PAGE_SIZE;
@@ -20,68 +20,67 @@ const MAX_BLOCK: usize = 64;
 
 /// A decoded block: operations, and how many bytes of the page they came from.
 #[derive(Debug)]
-pub(super) struct Block {
-    pub(super) ops: Vec<Op>,
+pub(super) struct Block<'a> {
+    pub(super) ops: &'a [Op],
     pub(super) bytes: u64,
 }
+
+/// Bytes looked at for one block: more than all but the longest take, and cheaper to copy than a page.
+const WINDOW: usize = 512;
+
+/// The six arithmetic flags, as the instruction tables number them.
+const ARITHMETIC: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 /// Decodes blocks; owns the scratch space that takes.
 #[derive(Debug)]
 pub(super) struct Translator {
     insns: Vec<Instruction>,
-    info: InfoFactory,
-}
-
-struct InfoFactory(InstructionInfoFactory);
-impl std::fmt::Debug for InfoFactory {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("InstructionInfoFactory")
-    }
+    ops: Vec<Op>,
 }
 
 impl Translator {
     pub(super) fn new() -> Self {
-        Self { insns: Vec::with_capacity(MAX_BLOCK), info: InfoFactory(InstructionInfoFactory::new()) }
+        Self { insns: Vec::with_capacity(MAX_BLOCK), ops: Vec::with_capacity(MAX_BLOCK + 1) }
     }
 
     /// Decodes the block at a RAM offset. Instructions for the general executor are appended to `general`.
-    pub(super) fn block(&mut self, ram: &GuestRam, at: u64, table: &mut Vec<(Executor, Instruction)>) -> Block {
+    pub(super) fn block(&mut self, ram: &GuestRam, at: u64, table: &mut Vec<(Executor, Instruction)>) -> Block<'_> {
         let start = at % PAGE_SIZE;
-        let mut page = [0; PAGE_SIZE as usize];
-        let bytes = &mut page[start as usize..];
+        let mut window = [0; WINDOW];
+        let len = ((PAGE_SIZE - start) as usize).min(WINDOW);
+        let bytes = &mut window[..len];
         let _ = ram.read_bytes(at, bytes);
-        self.decode(bytes, start);
-        let mut ops: Vec<Op> = Vec::with_capacity(self.insns.len() + 1);
-        let live = self.flag_liveness();
-        for (insn, &flags) in self.insns.iter().zip(&live) {
-            ops.push(translate(insn, flags, table));
-        }
-        fuse(&self.insns, &mut ops);
+        self.decode(bytes, start, table);
+        self.drop_dead_flags();
+        fuse(&self.insns, &mut self.ops);
         let end = self.insns.last().map_or(start, Instruction::next_ip);
         let count = self.insns.len().max(1) as u8;
         match self.insns.last().map(Instruction::flow_control) {
             // The very first instruction runs over the page's end, or is none at all: one step tells.
-            None => ops.push(Op { at: start as u16, ..blank(crossing) }),
+            None => self.ops.push(Op { at: start as u16, ..blank(crossing) }),
             // Cut short: runs on into the next block.
-            Some(FlowControl::Next) => ops.push(Op { imm: end, at: end as u16, ..blank(branch::jmp) }),
+            Some(FlowControl::Next) => self.ops.push(Op { imm: end, at: end as u16, ..blank(branch::jmp) }),
             Some(_) => {}
         }
-        if let Some(last) = ops.last_mut() {
+        if let Some(last) = self.ops.last_mut() {
             last.misc = count;
         }
-        Block { ops, bytes: (end - start).max(1) }
+        Block { ops: &self.ops, bytes: (end - start).max(1) }
     }
 
-    fn decode(&mut self, bytes: &[u8], start: u64) {
+    /// Decodes up to the first branch, to what has no executor, or to the end of the bytes.
+    fn decode(&mut self, bytes: &[u8], start: u64, table: &mut Vec<(Executor, Instruction)>) {
         self.insns.clear();
-        let mut at = 0;
-        while self.insns.len() < MAX_BLOCK && at < bytes.len() {
-            let window = &bytes[at..(at + MAX_LENGTH).min(bytes.len())];
-            let Ok(insn) = step::decode(window, start + at as u64) else { break };
-            if exec::executor(&insn).is_none() {
+        self.ops.clear();
+        let mut decoder = step::decoder(bytes, start);
+        while self.insns.len() < MAX_BLOCK && decoder.can_decode() {
+            let insn = decoder.decode();
+            if insn.is_invalid() || insn.len() > MAX_LENGTH {
                 break;
             }
-            at += insn.len();
+            let Some(op) = translate(&insn, table) else { break };
+            self.ops.push(op);
             self.insns.push(insn);
             if insn.flow_control() != FlowControl::Next {
                 break;
@@ -89,35 +88,47 @@ impl Translator {
         }
     }
 
-    /// For each instruction, whether anything may see the arithmetic flags it writes.
-    fn flag_liveness(&mut self) -> Vec<bool> {
-        const ALL: u32 =
-            RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
-        let mut live = vec![true; self.insns.len()];
+    /// Replaces handlers that compute flags which nothing can see: a later instruction of the block overwrites them
+    /// all, and none before it reads them, may fault or leaves the chain.
+    fn drop_dead_flags(&mut self) {
         let mut needed = true;
-        for (insn, live) in self.insns.iter().zip(&mut live).rev() {
-            *live = needed;
-            let written =
-                (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set() | insn.rflags_undefined()) & ALL;
-            // A shift by CL may write nothing.
-            let certain = !matches!(insn.op1_register(), Register::CL);
-            if written == ALL && certain {
+        for (insn, op) in self.insns.iter().zip(&mut self.ops).rev() {
+            let writes = insn.rflags_modified() & ARITHMETIC != 0;
+            if !needed
+                && writes
+                && let Some(light) = pick(insn, false)
+            {
+                op.run = light.run;
+            }
+            if overwrites_flags(insn) {
                 needed = false;
             }
-            if insn.rflags_read() & ALL != 0 || may_stop(insn, &mut self.info.0) {
+            if insn.rflags_read() & ARITHMETIC != 0 || may_stop(insn, op) {
                 needed = true;
             }
         }
-        live
     }
 }
 
-/// Whether an instruction may fault or leave the chain, so that the flags before it can be seen.
-fn may_stop(insn: &Instruction, info: &mut InstructionInfoFactory) -> bool {
-    if pick(insn, true).is_none() {
-        return true;
+/// Whether an instruction writes all six flags, whatever its operands.
+fn overwrites_flags(insn: &Instruction) -> bool {
+    let mut written = insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set();
+    // Multiplication keeps what the manual calls undefined; a shift by CL may write nothing.
+    if insn.mnemonic() != Mnemonic::Imul {
+        written |= insn.rflags_undefined();
     }
-    insn.mnemonic() != Mnemonic::Lea && !info.info(insn).used_memory().is_empty()
+    written & ARITHMETIC == ARITHMETIC && insn.op1_register() != Register::CL
+}
+
+/// Whether an instruction may fault or leave the chain, so that the flags before it can be seen.
+fn may_stop(insn: &Instruction, op: &Op) -> bool {
+    let has_memory = (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Memory);
+    std::ptr::fn_addr_eq(op.run, general as Handler)
+        || insn.is_stack_instruction()
+        || (has_memory && insn.mnemonic() != Mnemonic::Lea)
+        || insn.flow_control() != FlowControl::Next
+        || insn.op_register(0).is_xmm()
+        || insn.op_register(1).is_xmm()
 }
 
 fn blank(run: Handler) -> Op {
@@ -125,18 +136,19 @@ fn blank(run: Handler) -> Op {
     Op { run, imm: 0, disp: 0, link: UNLINKED, dst: zero, src: zero, base: zero, index: zero, at: 0, len: 0, misc: 0 }
 }
 
-/// The operation for an instruction: its own handler, or the general executor.
-fn translate(insn: &Instruction, flags: bool, table: &mut Vec<(Executor, Instruction)>) -> Op {
-    let mut op = pick(insn, flags).unwrap_or_else(|| {
-        let index = table.len() as u64;
-        if let Some(execute) = exec::executor(insn) {
+/// The operation for an instruction: its own handler, or the general executor; `None` for what is #UD.
+fn translate(insn: &Instruction, table: &mut Vec<(Executor, Instruction)>) -> Option<Op> {
+    let mut op = match pick(insn, true) {
+        Some(op) => op,
+        None => {
+            let execute = exec::executor(insn)?;
             table.push((execute, *insn));
+            Op { imm: table.len() as u64 - 1, ..blank(general) }
         }
-        Op { imm: index, ..blank(general) }
-    });
+    };
     op.at = insn.ip() as u16;
     op.len = insn.len() as u8;
-    op
+    Some(op)
 }
 
 /// Makes one operation of a CMP or TEST and the conditional jump that ends the block after it.

@@ -168,3 +168,32 @@ pub struct Lapic {
     /// IA32_TSC_DEADLINE.
     pub tsc_deadline: u64,
 }
+
+impl Default for Lapic {
+    /// The state of the boot processor after reset (Intel SDM volume 3A, 11.4.7.1): all interrupts masked, the
+    /// registers at their usual address.
+    fn default() -> Self {
+        const ADDRESS: u64 = 0xfee0_0000;
+        const BOOT_PROCESSOR: u64 = 1 << 8;
+        const ENABLED: u64 = 1 << 11;
+        const MASKED: u32 = 1 << 16;
+        Self {
+            apic_base: ADDRESS | BOOT_PROCESSOR | ENABLED,
+            id: 0,
+            tpr: 0,
+            ldr: 0,
+            dfr: u32::MAX,
+            svr: 0xff,
+            esr: 0,
+            isr: [0; 8],
+            tmr: [0; 8],
+            irr: [0; 8],
+            icr: 0,
+            lvt: [MASKED; 6],
+            timer_initial: 0,
+            timer_divide: 0,
+            timer_left_ns: None,
+            tsc_deadline: 0,
+        }
+    }
+}

@@ -65,35 +65,10 @@ pub(super) fn prepare(ram: &GuestRam, entry: GuestAddr) -> Result<VcpuState, Boo
         idtr: Table { base: 0, limit: 0 },
         msrs: Msrs { efer: EFER_LME_LMA, pat: PAT_RESET, ..Msrs::default() },
         fpu: Fpu::default(),
-        lapic: lapic_at_reset(),
+        lapic: Lapic::default(),
         interrupt_shadow: false,
         halted: false,
     })
-}
-
-/// The local APIC of the boot processor after reset (Intel SDM volume 3A, 11.4.7.1).
-fn lapic_at_reset() -> Lapic {
-    const BOOT_PROCESSOR: u64 = 1 << 8;
-    const ENABLED: u64 = 1 << 11;
-    const MASKED: u32 = 1 << 16;
-    Lapic {
-        apic_base: layout::LAPIC.0 | BOOT_PROCESSOR | ENABLED,
-        id: 0,
-        tpr: 0,
-        ldr: 0,
-        dfr: u32::MAX,
-        svr: 0xff,
-        esr: 0,
-        isr: [0; 8],
-        tmr: [0; 8],
-        irr: [0; 8],
-        icr: 0,
-        lvt: [MASKED; 6],
-        timer_initial: 0,
-        timer_divide: 0,
-        timer_left_ns: None,
-        tsc_deadline: 0,
-    }
 }
 
 fn flat(selector: u16, attributes: u16) -> Segment {

@@ -8,16 +8,15 @@ use std::path::Path;
 use std::process::Command;
 use std::process::Stdio;
 use std::thread::available_parallelism;
-use std::time::Duration;
 use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
 use indicatif::ProgressBar;
-use indicatif::ProgressStyle;
 
 use crate::process;
+use crate::progress;
 
 /// Lines that make prints for our configuration; only the bar depends on it.
 const EXPECTED_STEPS: u64 = 1600;
@@ -87,11 +86,9 @@ struct Progress {
 
 impl Progress {
     fn start() -> Self {
-        let style = ProgressStyle::with_template("building the guest kernel {bar:30} {percent:>3} % {elapsed} {msg}");
-        let bar = ProgressBar::new(EXPECTED_STEPS).with_style(style.expect("the template is a constant"));
-        bar.enable_steady_tick(Duration::from_millis(500));
+        let bar = progress::bar(EXPECTED_STEPS, "building the guest kernel {bar:30} {percent:>3} % {elapsed} {msg}");
         if bar.is_hidden() {
-            eprintln!("building the guest kernel (some minutes)");
+            progress::note("building the guest kernel (some minutes)");
         }
         Self { bar, started: Instant::now() }
     }
@@ -103,7 +100,7 @@ impl Progress {
             self.bar.inc(1);
         }
         if self.bar.is_hidden() && self.quarter() > before {
-            eprintln!("building the guest kernel: {} %", self.quarter() * 25);
+            progress::note(&format!("building the guest kernel: {} %", self.quarter() * 25));
         }
         self.bar.set_message(line.split_whitespace().last().unwrap_or_default().to_owned());
     }
@@ -114,7 +111,7 @@ impl Progress {
 
     fn finish(self) {
         self.bar.finish_and_clear();
-        eprintln!("built the guest kernel in {} s", self.started.elapsed().as_secs());
+        progress::note(&format!("built the guest kernel in {} s", self.started.elapsed().as_secs()));
     }
 }
 

@@ -10,6 +10,7 @@ use anyhow::Result;
 
 use crate::packages;
 use crate::process;
+use crate::progress::Running;
 
 const PACKAGE: &str = "linux-source-6.12";
 const ARCHIVE: &str = "/usr/src/linux-source-6.12.tar.xz";
@@ -55,7 +56,7 @@ impl Source {
         if let Some(tree) = &self.tree {
             return Ok(tree.clone());
         }
-        eprintln!("unpacking {ARCHIVE}");
+        let _running = Running::start(format!("unpacking {ARCHIVE}"));
         fs::create_dir(scratch)?;
         let mut tar = Command::new("tar");
         tar.args(["--extract", "--xz", "--strip-components=1", "--file", ARCHIVE, "--directory"]).arg(scratch);

@@ -1,4 +1,4 @@
-use super::super::IoApicState;
+use super::super::ioapic::IoApicState;
 use super::*;
 use crate::units::Gsi;
 

@@ -15,7 +15,7 @@ mod timer;
 
 use std::sync::Arc;
 
-pub(crate) use ioapic::IoApic;
+pub(crate) use ioapic::{IOAPIC_BASE, IoApic};
 pub(crate) use lapic::Lapic;
 
 use super::mailbox::Mailbox;

@@ -133,6 +133,8 @@ fn general(insn: &Instruction) -> Option<Executor> {
         | Mnemonic::Prefetcht1
         | Mnemonic::Prefetcht2
         | Mnemonic::Prefetchwt1
+        | Mnemonic::Prefetchit0
+        | Mnemonic::Prefetchit1
         // Hints and shadow-stack reads in the space of reserved no-operations, which they are here.
         | Mnemonic::Cldemote
         | Mnemonic::Rdsspd

@@ -317,8 +317,9 @@ fn imul<T: Word, const F: bool>(cpu: &mut Cpu, dst: u8, a: u64, b: u64) {
     let (low, overflow) = a.overflowing_mul(b);
     let res = low as u64;
     if F {
+        // CF and OF alike; silicon leaves the other four alone.
         let lost = overflow || T::cut(res).sign_extend() != res;
-        cpu.flags.result_cf_of(res, T::BITS, lost, lost);
+        cpu.flags.cv = u64::from(lost) << 63;
     }
     T::set(cpu, dst, res);
 }

@@ -15,7 +15,6 @@ use crate::hv::soft::operand::segment_fault;
 
 use super::extended::Class;
 use super::extended::Extended;
-use super::x87::C1;
 use super::x87::EXCEPTIONS;
 use super::x87::Pointers;
 use super::x87::X87;
@@ -46,13 +45,17 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Fdecstp => |cpu, insn| noted(cpu, insn, |x87| turn(x87, 7)),
         Mnemonic::Ffree => |cpu, insn| {
             let i = st_index(insn.op0_register());
-            noted(cpu, insn, |x87| x87.free(i))
+            noted(cpu, insn, |x87| {
+                x87.free(i);
+                x87.set_c1(false);
+            })
         },
         Mnemonic::Ffreep => |cpu, insn| {
             let i = st_index(insn.op0_register());
             noted(cpu, insn, |x87| {
                 x87.free(i);
                 x87.pop();
+                x87.set_c1(false);
             })
         },
         Mnemonic::Fnstenv => store_environment,
@@ -65,7 +68,7 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
 
 fn turn(x87: &mut X87, by: u8) {
     x87.rotate(by);
-    x87.set_condition(C1, 0);
+    x87.set_c1(false);
 }
 
 fn noted(cpu: &mut Cpu, insn: &Instruction, f: impl FnOnce(&mut X87)) -> Result<Flow, Stop> {

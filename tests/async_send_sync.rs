@@ -1,0 +1,99 @@
+//! What the public types promise to async callers: they can move to another thread, be shared, and be polled
+//! without pinning. The compiler checks the types, so that losing a promise fails here and not at a caller.
+
+use std::future::Future;
+
+use kiln::exec::ExecSignaller;
+use kiln::exec::UnixConnector;
+use kiln::image::ImageConfig;
+use kiln::image::ImageStore;
+use kiln::mem::GuestRam;
+use kiln::rootfs::RootfsCache;
+use kiln::transport::GuestStream;
+use kiln::vm::Assets;
+use kiln::vm::GuestRoot;
+use kiln::vm::VmEnd;
+use kiln::vmm::Machine;
+use kiln::vmm::MachineConfig;
+use kiln::vmm::console::Console;
+use kiln::*;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncWrite;
+
+const fn value<T: Send + Sync + Unpin + 'static>() {}
+const fn error<T: std::error::Error + Send + Sync + Unpin + 'static>() {}
+const fn reader<T: AsyncRead + Send + Unpin + 'static>() {}
+const fn writer<T: AsyncWrite + Send + Unpin + 'static>() {}
+
+const _: () = {
+    value::<Image>();
+    value::<ImageConfig>();
+    value::<ImageStore>();
+    value::<OciImageBuilder>();
+    value::<PullPolicy>();
+    value::<RootfsCache>();
+    value::<Vm>();
+    value::<VmConfig>();
+    value::<VmEnd>();
+    value::<Assets>();
+    value::<GuestRoot>();
+    value::<Machine>();
+    value::<MachineConfig>();
+    value::<Console>();
+    value::<GuestRam>();
+    value::<hv::soft::Soft>();
+    value::<ExecBuilder>();
+    value::<ExecChild>();
+    value::<ExecOutcome>();
+    value::<ExecSignaller>();
+    value::<UnixConnector>();
+
+    error::<Error>();
+    error::<ExecError>();
+    error::<LayoutError>();
+    error::<PullError>();
+    error::<RootfsError>();
+    error::<StartError>();
+    error::<ShutdownError>();
+
+    reader::<ExecStdout>();
+    reader::<ExecStderr>();
+    writer::<ExecStdin>();
+    reader::<Box<dyn GuestStream>>();
+    writer::<Box<dyn GuestStream>>();
+};
+
+/// What `tokio::spawn` asks of a future.
+fn spawnable<F: Future + Send + 'static>(future: F) {
+    drop(future);
+}
+
+/// The same of one that borrows, inside another task.
+fn sendable<F: Future + Send>(future: F) {
+    drop(future);
+}
+
+#[tokio::test]
+async fn operations_can_be_spawned() {
+    // Futures do nothing until they are polled, so nothing here is pulled, read or connected to.
+    spawnable(Image::pull("example"));
+    spawnable(Image::builder("example").pull());
+    spawnable(Image::from_oci_layout("layout"));
+    spawnable(ImageStore::open("store"));
+    spawnable(RootfsCache::open("cache"));
+    spawnable(Vm::start(GuestRoot::erofs("root.erofs"), VmConfig::new()));
+    spawnable(ExecBuilder::unix("socket").argv(["true"]).spawn());
+    spawnable(ExecBuilder::unix("socket").argv(["true"]).output());
+}
+
+#[test]
+fn operations_that_borrow_can_move_between_threads() {
+    // Only compiled: what these need exists in a running guest.
+    let _ = |image: &Image, vm: &Vm| {
+        sendable(image.start(VmConfig::new()));
+        sendable(vm.exec(["true"]));
+        sendable(vm.shutdown());
+        sendable(vm.wait());
+    };
+    let _ = |child: &mut ExecChild| sendable(child.wait());
+}
