@@ -30,8 +30,8 @@ use kiln::VmConfig;
 use kiln::units::Bytes;
 use kiln::vm::Agent;
 use kiln::vm::Assets;
+use kiln::vm::GuestRoot;
 use kiln::vm::Kernel;
-use kiln::vm::RootImage;
 use kiln::vm::VmEnd;
 
 /// Where a kernel made here is loaded and entered.
@@ -55,7 +55,7 @@ impl Files {
 
     /// Starts a VM that must not come up, and says so in time.
     async fn refused(&self, config: VmConfig) -> StartError {
-        let root = RootImage::erofs(self.write("root.erofs", &[0; 4096]));
+        let root = GuestRoot::erofs(self.write("root.erofs", &[0; 4096]));
         let limit = Duration::from_secs(30);
         let start = tokio::time::timeout(limit, Vm::start(root, config.memory(Bytes::mib(128)))).await;
         start.expect("an error in time").expect_err("it must not start")
@@ -218,7 +218,7 @@ async fn a_root_image_that_cannot_be_mounted_is_told_by_the_console() {
 #[tokio::test]
 async fn memory_too_small_for_the_kernel_is_refused() {
     let files = Files::new();
-    let root = RootImage::erofs(files.write("root.erofs", &[0; 4096]));
+    let root = GuestRoot::erofs(files.write("root.erofs", &[0; 4096]));
     let error = Vm::start(root, config().memory(Bytes::mib(8))).await.unwrap_err();
     assert!(matches!(error, StartError::Machine(_)), "{error:?}");
 }
