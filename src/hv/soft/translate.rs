@@ -199,8 +199,11 @@ fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
         | Mnemonic::And
         | Mnemonic::Or
         | Mnemonic::Xor
-        | Mnemonic::Test => arithmetic(insn, flags),
-        Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Neg | Mnemonic::Not => unary(insn, flags),
+        | Mnemonic::Test
+        | Mnemonic::Inc
+        | Mnemonic::Dec
+        | Mnemonic::Neg
+        | Mnemonic::Not => arithmetic(insn, flags),
         Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol | Mnemonic::Ror => {
             shift(insn, flags)
         }
@@ -303,6 +306,7 @@ fn lea(insn: &Instruction) -> Option<Op> {
     Some(op)
 }
 
+/// Instructions with one operand or two.
 fn arithmetic(insn: &Instruction, flags: bool) -> Option<Op> {
     let mut op = blank(data::nop);
     let (mut form, mut indexed) = (Form::Rr, false);
@@ -313,6 +317,7 @@ fn arithmetic(insn: &Instruction, flags: bool) -> Option<Op> {
         op.dst = register(insn, 0)?;
     }
     match insn.op_kind(1) {
+        _ if insn.op_count() == 1 => {}
         OpKind::Register => op.src = register(insn, 1)?,
         OpKind::Memory => {
             form = Form::Rm;
@@ -324,19 +329,6 @@ fn arithmetic(insn: &Instruction, flags: bool) -> Option<Op> {
                 form = Form::Ri;
             }
         }
-    }
-    op.run = alu::handler(insn.mnemonic(), operand_bits(insn, 0), flags, form, indexed)?;
-    Some(op)
-}
-
-fn unary(insn: &Instruction, flags: bool) -> Option<Op> {
-    let mut op = blank(data::nop);
-    let (mut form, mut indexed) = (Form::Rr, false);
-    if is_memory(insn, 0) {
-        form = Form::Mr;
-        indexed = memory(insn, &mut op)?;
-    } else {
-        op.dst = register(insn, 0)?;
     }
     op.run = alu::handler(insn.mnemonic(), operand_bits(insn, 0), flags, form, indexed)?;
     Some(op)

@@ -50,21 +50,11 @@ fn rotate_left(a: u64, bits: u32, count: u32) -> u64 {
 }
 
 pub(super) fn rol(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    shift(cpu, insn, 1, |flags, a, bits, count| {
-        let result = rotate_left(a, bits, count);
-        let cf = result & 1 != 0;
-        rotated(flags, cf, top(result, bits) != cf);
-        result
-    })
+    shift(cpu, insn, 1, |flags, a, bits, count| flags::rol(flags, a, count, bits, true))
 }
 
 pub(super) fn ror(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    shift(cpu, insn, 1, |flags, a, bits, count| {
-        let result = rotate_left(a, bits, bits - count % bits);
-        let cf = top(result, bits);
-        rotated(flags, cf, cf != top(result << 1, bits));
-        result
-    })
+    shift(cpu, insn, 1, |flags, a, bits, count| flags::ror(flags, a, count, bits, true))
 }
 
 /// Rotates `bits` bits and CF above them left by `count`.
