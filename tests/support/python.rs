@@ -105,12 +105,7 @@ fn build(dir: &Path) {
     let image = format!("{}:latest", layout.display());
     run("umoci", &["init", "--layout", layout.to_str().unwrap()]);
     run("umoci", &["new", "--image", &image]);
-    let bundle = dir.join("bundle");
-    let bundle = bundle.to_str().unwrap();
-    run("umoci", &["unpack", "--rootless", "--image", &image, bundle]);
-    run("cp", &["--archive", "--reflink=auto", &format!("{}/.", root.display()), &format!("{bundle}/rootfs")]);
-    run("umoci", &["repack", "--image", &image, bundle]);
-    fs::remove_dir_all(bundle).unwrap();
+    run("umoci", &["insert", "--rootless", "--image", &image, root.to_str().unwrap(), "/"]);
     run(
         "umoci",
         &[
