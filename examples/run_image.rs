@@ -1,6 +1,6 @@
-//! Runs one command in an image: `cargo run --example run_image -- REFERENCE COMMAND [ARGUMENT...]`.
+//! Runs one command in an image: `cargo run --example run_image -- IMAGE COMMAND [ARGUMENT...]`.
 //!
-//! A reference with a `/` at its start is an OCI layout folder, anything else is pulled from its registry. The
+//! An image that starts with `/` is an OCI layout folder, anything else is pulled from its registry. The
 //! command's output and exit code become this program's.
 #![allow(clippy::print_stderr, reason = "an example talks to its terminal")]
 
@@ -9,12 +9,13 @@ use std::process::ExitCode;
 
 use kiln::Image;
 use kiln::VmConfig;
+use tokio::io::AsyncWriteExt;
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let (Some(reference), command) = (args.next(), args.collect::<Vec<_>>()) else {
-        eprintln!("usage: run_image REFERENCE COMMAND [ARGUMENT...]");
+        eprintln!("usage: run_image IMAGE COMMAND [ARGUMENT...]");
         return Ok(ExitCode::from(2));
     };
 
@@ -31,7 +32,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut stderr = child.stderr.take().ok_or("no standard error")?;
     let (mut our_stdout, mut our_stderr) = (tokio::io::stdout(), tokio::io::stderr());
     // Both at once: a command that fills one while nobody reads it would wait for ever.
-    tokio::try_join!(tokio::io::copy(&mut stdout, &mut our_stdout), tokio::io::copy(&mut stderr, &mut our_stderr),)?;
+    tokio::try_join!(tokio::io::copy(&mut stdout, &mut our_stdout), tokio::io::copy(&mut stderr, &mut our_stderr))?;
+    tokio::try_join!(our_stdout.flush(), our_stderr.flush())?;
     let status = child.wait().await?;
 
     vm.shutdown().await?;
