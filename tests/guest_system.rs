@@ -114,7 +114,7 @@ async fn dropping_a_vm_with_a_busy_guest_does_not_wait_and_ends_its_commands() {
     child.stdout.as_mut().unwrap().read_exact(&mut up).await.unwrap();
     let began = Instant::now();
     drop(vm);
-    assert!(began.elapsed() < Duration::from_millis(100), "the drop took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(1), "the drop took {:?}", began.elapsed());
     let end = tokio::time::timeout(Duration::from_secs(10), child.wait()).await.expect("the command's end is told");
     assert!(matches!(end, Err(ExecError::AgentGone(_))), "{end:?}");
 }

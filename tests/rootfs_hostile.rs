@@ -47,7 +47,7 @@ async fn parent_components() {
 
 #[tokio::test]
 async fn absolute_names() {
-    for name in ["/etc/passwd", "//x", "/"] {
+    for name in ["/etc/passwd", "//x", "/."] {
         let (kind, entry) = refused(Tar::new().file(name, b"x")).await;
         assert!(matches!(kind, Kind::AbsoluteName), "{name}: {kind:?}");
         assert_eq!(entry.as_deref(), Some(name));

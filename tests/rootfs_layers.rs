@@ -130,11 +130,14 @@ async fn a_folder_listed_again_changes_owner_and_keeps_its_content() {
 
 #[tokio::test]
 async fn the_root_entry_sets_the_roots_owner_and_mode() {
-    let tar = Tar::new().entry(&Entry { name: b"./", kind: b'5', mode: 0o711, uid: 3, gid: 4, ..Entry::default() });
-    let tree = listing(&[LayerBlob::plain(tar.file("./f", b"1").finish())]).await;
-    let root = &tree[OsStr::new("")];
-    assert_eq!((root.mode, root.uid, root.gid), (0o711, 3, 4));
-    assert_eq!(names(&tree), ["f"]);
+    // "/" is how `umoci insert` names it.
+    for name in [&b"./"[..], b".", b"/"] {
+        let tar = Tar::new().entry(&Entry { name, kind: b'5', mode: 0o711, uid: 3, gid: 4, ..Entry::default() });
+        let tree = listing(&[LayerBlob::plain(tar.file("./f", b"1").finish())]).await;
+        let root = &tree[OsStr::new("")];
+        assert_eq!((root.mode, root.uid, root.gid), (0o711, 3, 4));
+        assert_eq!(names(&tree), ["f"]);
+    }
 }
 
 #[tokio::test]

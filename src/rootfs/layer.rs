@@ -109,7 +109,9 @@ impl<'a> Applier<'a> {
 
     fn entry(&mut self, entry: Entry, reader: &mut TarReader<impl Read>) -> Result<(), LayerErrorKind> {
         let path = entry.path.clone();
-        let components = resolve::components(&path)?;
+        // `umoci insert` names the root "/"; nothing else may be absolute.
+        let is_root = *path == *b"/" && matches!(entry.kind, EntryKind::Folder);
+        let components = if is_root { Vec::new() } else { resolve::components(&path)? };
         let Some((&name, parents)) = components.split_last() else { return self.root(entry) };
         if name.starts_with(WHITEOUT) {
             return self.whiteout(parents, name);

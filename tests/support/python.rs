@@ -88,7 +88,16 @@ fn build(dir: &Path) {
     let (packages, root, layout) = (dir.join("packages"), dir.join("root"), dir.join("layout"));
     fs::create_dir(&packages).unwrap();
     // Not the system's package state: only files, into this folder.
-    host(Command::new("apt-get").args(["--quiet", "download"]).args(PACKAGES).current_dir(&packages));
+    let download = || {
+        let mut apt = Command::new("apt-get");
+        apt.args(["--quiet", "download"]).args(PACKAGES).current_dir(&packages);
+        apt
+    };
+    if !download().output().is_ok_and(|output| output.status.success()) {
+        // A machine whose lists of packages are old, or were never fetched.
+        run("apt-get", &["--quiet", "update"]);
+        host(&mut download());
+    }
     for package in fs::read_dir(&packages).unwrap() {
         let package = package.unwrap().path();
         run("dpkg-deb", &["--extract", package.to_str().unwrap(), root.to_str().unwrap()]);
@@ -105,12 +114,7 @@ fn build(dir: &Path) {
     let image = format!("{}:latest", layout.display());
     run("umoci", &["init", "--layout", layout.to_str().unwrap()]);
     run("umoci", &["new", "--image", &image]);
-    let bundle = dir.join("bundle");
-    let bundle = bundle.to_str().unwrap();
-    run("umoci", &["unpack", "--rootless", "--image", &image, bundle]);
-    run("cp", &["--archive", "--reflink=auto", &format!("{}/.", root.display()), &format!("{bundle}/rootfs")]);
-    run("umoci", &["repack", "--image", &image, bundle]);
-    fs::remove_dir_all(bundle).unwrap();
+    run("umoci", &["insert", "--rootless", "--image", &image, root.to_str().unwrap(), "/"]);
     run(
         "umoci",
         &[
