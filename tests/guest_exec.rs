@@ -1,8 +1,8 @@
 //! Commands in a real guest on the software engine: streams, exit codes, signals, identity, many at once.
 
-mod image_support;
 #[path = "support/guest.rs"]
 mod guest;
+mod image_support;
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use guest::outcome;
 use guest::sh;
 use guest::shell;
 use guest::show;
+use guest::until;
 use kiln::ExecError;
 use serde_json::json;
 use tokio::io::AsyncBufReadExt;
@@ -268,23 +269,11 @@ async fn a_background_process_does_not_hold_its_session() {
 async fn dropping_a_child_ends_the_process_and_nobody_elses() {
     let vm = boot().await;
     let mut other = vm.exec(["sh", "-c", "read word; echo $word"]).await.unwrap();
-    let child = vm.exec(["sleep", "4321"]).await.unwrap();
-    until(&vm, "pgrep -f 'sleep 432[1]' > /dev/null && echo runs", "runs\n").await;
+    let child = vm.exec(["sleep", "1000"]).await.unwrap();
+    until(&vm, "pidof sleep > /dev/null && echo runs", "runs\n").await;
     drop(child);
-    until(&vm, "pgrep -f 'sleep 432[1]' > /dev/null || echo gone", "gone\n").await;
+    until(&vm, "pidof sleep || echo gone", "gone\n").await;
     other.stdin.take().unwrap().write_all(b"alive\n").await.unwrap();
     let out = other.wait_with_output().await.unwrap();
     assert_eq!(out.stdout, b"alive\n");
-}
-
-/// Asks until the guest answers `expected`: for what happens in its own time after a call returned.
-async fn until(vm: &kiln::Vm, line: &str, expected: &str) {
-    let began = Instant::now();
-    loop {
-        let out = outcome(vm, line).await;
-        if out.stdout == expected.as_bytes() {
-            return;
-        }
-        assert!(began.elapsed() < guest::DEADLINE, "{line}: {}", show(&out));
-    }
 }

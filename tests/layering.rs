@@ -20,6 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("snapshot", &["units", "block", "mem", "hv", "vmm"]),
     ("exec", &["units", "transport"]),
     ("vm", &["units", "block", "mem", "transport", "hv", "vmm", "image", "rootfs", "snapshot", "exec"]),
+    // The umbrella over the operations' errors.
     ("error", &["image", "rootfs", "exec", "vm"]),
 ];
 

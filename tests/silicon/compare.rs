@@ -179,7 +179,8 @@ impl Comparison {
                 Some(bad) => BAD_AIMS[bad as usize % BAD_AIMS.len()],
                 None => Aim::Good,
             };
-            if aim != Aim::Good && forms::moves_image(form.code) && aim != Aim::Unmapped {
+            let whole = forms::is_masked_store(form.code) || (forms::moves_image(form.code) && aim != Aim::Unmapped);
+            if aim != Aim::Good && whole {
                 continue;
             }
             let mut builder = Builder::new(true);
@@ -222,7 +223,9 @@ impl Comparison {
                 if unmasked && forms::wants_masked(form.code) {
                     continue;
                 }
-                let plain = !forms::touches_mmx(form.code) && !forms::faults_anywhere(form.code);
+                let plain = !forms::touches_mmx(form.code)
+                    && !forms::moves_image(form.code)
+                    && !forms::is_masked_store(form.code);
                 let aim = if plain && rng.one_in(2000) { rng.pick(&BAD_AIMS) } else { Aim::Good };
                 builder.form(&mut rng, form, aim);
             }
@@ -268,8 +271,8 @@ impl Comparison {
             outcome::forgive_rounding(native, &mut soft);
         }
         if native.vector == 14
-            && form.is_some_and(|form| forms::faults_anywhere(form.code))
-            && soft.cr2 ^ native.cr2 < 0x1000
+            && form.is_some_and(|form| forms::moves_image(form.code))
+            && soft.cr2.abs_diff(native.cr2) < 0x1000
         {
             soft.cr2 = native.cr2;
         }

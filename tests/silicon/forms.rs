@@ -131,9 +131,9 @@ pub(crate) fn moves_image(code: Code) -> bool {
         || matches!(code.mnemonic(), M::Fnsave | M::Fsave | M::Frstor | M::Fnstenv | M::Fstenv | M::Fldenv)
 }
 
-/// Whether a page fault may name any byte of the page: images again, and stores under a mask.
-pub(crate) fn faults_anywhere(code: Code) -> bool {
-    moves_image(code) || matches!(code.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
+/// Whether an access may fault without a byte being stored: a mask of zero is the processor's choice.
+pub(crate) fn is_masked_store(code: Code) -> bool {
+    matches!(code.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
 }
 
 /// Whether an unmasked floating-point exception leaves a state that vendors do not agree about.

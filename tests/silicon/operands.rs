@@ -213,10 +213,10 @@ fn target(rng: &mut Rng, aim: Aim, size: u64, align: u64) -> u64 {
         Aim::Unaligned if rng.one_in(2) => machine::WINDOW + 0x2000 - rng.below(size + 1),
         Aim::Unaligned => good,
         Aim::Crossing => machine::WINDOW + machine::WINDOW_BYTES - (size / 2).max(1),
-        Aim::Unmapped if rng.one_in(2) => machine::WINDOW - 0x1000 + rng.below(0x800) & !(align - 1),
+        Aim::Unmapped if rng.one_in(2) => (machine::WINDOW - 0x1000 + rng.below(0x800)) & !(align - 1),
         Aim::Unmapped => (0x4000_0000 + rng.below(0x1000_0000)) & !(align - 1),
-        Aim::ReadOnly => machine::READ_ONLY + 1024 + rng.below(512) & !(align - 1),
-        Aim::Supervisor => machine::SUPERVISOR + 1024 + rng.below(512) & !(align - 1),
+        Aim::ReadOnly => (machine::READ_ONLY + 1024 + rng.below(512)) & !(align - 1),
+        Aim::Supervisor => (machine::SUPERVISOR + 1024 + rng.below(512)) & !(align - 1),
         Aim::NonCanonical => (rng.pick(&[0x8000_0000_0000_0000, 0x0000_8000_0000_0000]) + rng.below(0x1000)) & !15,
     }
 }

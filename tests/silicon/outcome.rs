@@ -69,11 +69,9 @@ pub(crate) fn run(processor: &mut dyn Processor, sequence: &Sequence, start: &St
 
 /// Writes the code, and memory's content.
 fn prepare(ram: &GuestRam, sequence: &Sequence, start: &Start) {
-    let mut offset = machine::CODE;
     let code = sequence.bytes.iter().copied().chain(std::iter::repeat_n(0xcc, 80));
-    for byte in code {
+    for (offset, byte) in (machine::CODE..).zip(code) {
         ram.store(offset, byte).expect("code lies in RAM");
-        offset += 1;
     }
     let mut rng = Rng::new(start.memory);
     for (base, bytes) in

@@ -121,19 +121,20 @@ impl Builder {
             before.push(load(Register::RSP, stack(rng)));
         }
         before.append(&mut built.setup);
-        let all = before.iter().chain([&built.insn]);
         let rollback = self.sequence.clone();
-        for insn in all {
-            if !self.emit(insn) {
+        for (n, insn) in before.iter().chain([&built.insn]).enumerate() {
+            // What sets an image up belongs to what loads it: in between it holds what vendors do differently.
+            let done = if n == 0 || !forms::moves_image(code) { self.emit(insn) } else { self.attach(insn) };
+            if !done {
                 self.sequence = rollback;
                 return false;
             }
         }
         for insn in after(&built) {
-            assert!(self.emit(&insn), "{insn:?} encodes");
+            assert!(self.attach(&insn), "{insn:?} encodes");
         }
         if forms::leaves_condition_codes(code) {
-            self.emit(&Instruction::with(Code::Fxam));
+            self.attach(&Instruction::with(Code::Fxam));
         }
         self.neutralise(rng, &built.insn);
         true
@@ -150,8 +151,17 @@ impl Builder {
     }
 
     fn emit(&mut self, insn: &Instruction) -> bool {
+        let start = self.sequence.bytes.len();
+        let done = self.attach(insn);
+        if done {
+            self.sequence.starts.push(start);
+        }
+        done
+    }
+
+    /// Appends an instruction that belongs to the one before: a sequence is not cut between them.
+    fn attach(&mut self, insn: &Instruction) -> bool {
         let Some(bytes) = self.encode(insn, self.here()) else { return false };
-        self.sequence.starts.push(self.sequence.bytes.len());
         self.sequence.bytes.extend(bytes);
         true
     }
@@ -170,7 +180,7 @@ impl Builder {
             Instruction::with2(Code::And_rm64_imm32, at_rsp, keep).expect("and [rsp] encodes"),
             Instruction::with(Code::Popfq),
         ] {
-            self.emit(&insn);
+            self.attach(&insn);
         }
     }
 
@@ -211,7 +221,7 @@ impl Builder {
                 self.sequence = start;
             }
         }
-        self.sequence.starts.push(self.sequence.bytes.len());
+        // Not an instruction of its own: when the branch is taken it does not run, and must not be counted.
         self.sequence.bytes.extend(filler);
         true
     }
@@ -230,7 +240,7 @@ impl Builder {
         }
         if info.op_kind(0) == OpCodeOperandKind::r64_or_mem {
             // Register or memory, chosen by the address so that both attempts agree.
-            let in_memory = self.sequence.bytes.len() % 2 == 0;
+            let in_memory = self.sequence.bytes.len().is_multiple_of(2);
             if !in_memory {
                 let register = Register::RAX;
                 self.emit(&load(register, target));
@@ -384,10 +394,13 @@ fn after(built: &Built) -> Vec<Instruction> {
     use Mnemonic as M;
     let saves: &[u64] = match built.insn.mnemonic() {
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => &[6, 8, 12, 16, 20, 28, 30],
-        M::Fnstenv | M::Fnsave | M::Fldenv | M::Frstor => match built.insn.code() {
-            Code::Fnstenv_m14byte | Code::Fnsave_m94byte | Code::Fldenv_m14byte | Code::Frstor_m94byte => {
-                &[6, 8, 10, 12]
-            }
+        M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave | M::Fldenv | M::Frstor => match built.insn.code() {
+            Code::Fnstenv_m14byte
+            | Code::Fstenv_m14byte
+            | Code::Fnsave_m94byte
+            | Code::Fsave_m94byte
+            | Code::Fldenv_m14byte
+            | Code::Frstor_m94byte => &[6, 8, 10, 12],
             _ => &[12, 14, 16, 18, 20, 22, 24, 26],
         },
         _ => return Vec::new(),

@@ -6,6 +6,7 @@ use std::fs;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use kiln::ExecBuilder;
 use kiln::ExecOutcome;
@@ -96,6 +97,18 @@ pub async fn sh(vm: &Vm, line: &str) -> String {
     let outcome = outcome(vm, line).await;
     assert!(outcome.success() && outcome.stderr.is_empty(), "{line}: {}", show(&outcome));
     String::from_utf8(outcome.stdout).expect("these tests print text")
+}
+
+/// Asks until the guest answers `expected`: for what happens in its own time after a call returned.
+pub async fn until(vm: &Vm, line: &str, expected: &str) {
+    let began = Instant::now();
+    loop {
+        let out = outcome(vm, line).await;
+        if out.stdout == expected.as_bytes() {
+            return;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{line}: {}", show(&out));
+    }
 }
 
 /// An outcome for a failed assertion.

@@ -15,6 +15,7 @@ use super::exec::Executor;
 use super::fast::branch::JumpCache;
 use super::fast::{Miss, Patch};
 use super::fault::{Exception, Stop};
+use super::fetches::Fetches;
 use super::flags::{self, Flags};
 use super::fpu::FpuState;
 use super::step::CrossingCache;
@@ -146,9 +147,8 @@ pub(super) struct Cpu {
     pub(super) code_writes: Vec<(u64, u32)>,
     /// Which RAM the run loop has decoded.
     pub(super) code_map: CodeMap,
-    /// Counts changes of what fetch addresses mean, lower and upper half of the address space apart: what
-    /// is remembered by address of decoded code is good for one value.
-    pub(super) fetch_epoch: [u32; 2],
+    /// For how long what is remembered by address of decoded code is good.
+    pub(super) fetches: Fetches,
     /// Whether SSE instructions may execute: CR0.EM and TS clear, CR4.OSFXSR set.
     pub(super) sse_ready: bool,
     /// Blocks by linear address.
@@ -204,20 +204,19 @@ impl Cpu {
     /// Forgets all translations (CR0, CR4 and EFER changes).
     pub(super) fn flush_tlb(&mut self) {
         self.tlb.flush_all();
-        self.fetch_epoch = self.fetch_epoch.map(|epoch| epoch.wrapping_add(1));
+        self.fetches.forget_all();
     }
 
     /// Forgets translations of pages that are not global (a CR3 write).
     pub(super) fn flush_tlb_local(&mut self) {
         self.tlb.flush_local();
-        self.fetch_epoch = self.fetch_epoch.map(|epoch| epoch.wrapping_add(1));
+        self.fetches.forget_local();
     }
 
     /// Forgets one page's translation (INVLPG).
     pub(super) fn flush_tlb_page(&mut self, va: u64) {
         self.tlb.flush_page(va);
-        let epoch = &mut self.fetch_epoch[(va >> 63) as usize];
-        *epoch = epoch.wrapping_add(1);
+        self.fetches.forget_page(va);
     }
 
     /// #GP(0) unless at privilege level 0.

@@ -239,6 +239,9 @@ impl Cpu {
             return Ok(Place::Device(walk.gpa));
         };
         if privilege == Privilege::Current {
+            if access == Access::Fetch {
+                self.fetches.note(va, walk.size, walk.global);
+            }
             if walk.size > PAGE_SIZE {
                 self.tlb.note_large(va, walk.size);
             }
@@ -246,7 +249,8 @@ impl Cpu {
                 read: true,
                 // Without the dirty bit the first write must come here to set it.
                 write: walk.writable && walk.dirty && !self.code_map.page_has_code(offset),
-                fetch: walk.executable,
+                // Only what was fetched from is noted, so only that may be fetched from without coming here.
+                fetch: walk.executable && access == Access::Fetch,
                 global: walk.global,
             };
             self.tlb.fill(va, offset, grant);

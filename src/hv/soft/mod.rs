@@ -11,6 +11,7 @@ mod engine;
 mod exec;
 mod fast;
 mod fault;
+mod fetches;
 mod flags;
 mod fpu;
 mod mailbox;

@@ -9,12 +9,13 @@ use crate::hv::soft::cpu::{Control, Cpu, SystemMsrs, cr0, efer, is_canonical, se
 use crate::hv::soft::fast::Miss;
 use crate::hv::soft::fast::branch::JumpCache;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::fetches::Fetches;
 use crate::hv::soft::flags::Flags;
 use crate::hv::soft::fpu::FpuState;
 use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::{Fpu, Msrs, Segment, Table};
+use crate::hv::state::x86_64::{Msrs, Segment, Table};
 use crate::hv::{HvError, IoHandler};
 use crate::mem::GuestRam;
 
@@ -54,7 +55,7 @@ impl Cpu {
             gdtr: table,
             idtr: table,
             dr: DR_RESET,
-            fpu: FpuState::restore(&Fpu::default()),
+            fpu: FpuState::new(),
             tlb: Tlb::new(),
             lapic,
             clock,
@@ -63,7 +64,7 @@ impl Cpu {
             ram,
             io,
             code_writes: Vec::new(),
-            fetch_epoch: [0; 2],
+            fetches: Fetches::new(),
             sse_ready: false,
             jumps: JumpCache::new(),
             general: Vec::new(),

@@ -50,7 +50,7 @@ impl Cpu {
     /// What jump-cache entries for `va` must be keyed with now.
     #[inline(always)]
     pub(in super::super) fn fetch_key(&self, va: u64) -> u32 {
-        self.fetch_epoch[(va >> 63) as usize] << 1 | self.tlb.mode as u32
+        self.fetches.epoch(va) << 1 | self.tlb.mode as u32
     }
 }
 

@@ -15,6 +15,7 @@ mod sse_convert;
 mod sse_fp;
 mod sse_int;
 mod sse_move;
+mod wide;
 mod x87;
 mod x87_arith;
 mod x87_compare;
@@ -83,7 +84,9 @@ impl FpuState {
 
 /// The executor of an x87, MMX, SSE or SSE2 instruction; `None` for all others.
 pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
-    if !insn.cpuid_features().iter().all(|&feature| is_supported(feature)) {
+    // The decoder counts WAIT to the 8086.
+    let wait = insn.mnemonic() == Mnemonic::Wait;
+    if !wait && !insn.cpuid_features().iter().all(|&feature| is_supported(feature)) {
         return None;
     }
     match insn.mnemonic() {
@@ -116,3 +119,6 @@ fn is_supported(feature: CpuidFeature) -> bool {
             | CpuidFeature::X64
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -39,15 +39,17 @@ pub(super) struct Env {
     before: u32,
     /// Overflow, underflow and precision.
     after: u32,
-    /// Round to nearest, all masked and PE already sticky: a plain result needs nothing but the host's arithmetic.
+    /// Round to nearest and all exceptions masked: the host's arithmetic gives a plain result.
+    pub(super) nearest: bool,
+    /// Besides, PE is sticky already: whether the result is exact need not be known.
     pub(super) plain: bool,
 }
 
 impl Env {
     #[inline(always)]
     pub(super) fn new(mxcsr: u32) -> Self {
-        let plain = mxcsr & (MASKS | ROUNDING | PRECISION) == MASKS | PRECISION;
-        Self { mxcsr, before: 0, after: 0, plain }
+        let nearest = mxcsr & (MASKS | ROUNDING) == MASKS;
+        Self { mxcsr, before: 0, after: 0, nearest, plain: nearest && mxcsr & PRECISION != 0 }
     }
 
     pub(super) fn mode(&self) -> Mode {

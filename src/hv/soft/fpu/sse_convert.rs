@@ -65,11 +65,9 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
 
 fn packed_executor(insn: &Instruction) -> Option<Executor> {
     Some(match insn.mnemonic() {
-        Mnemonic::Cvtps2pd => |cpu, insn| {
-            half(cpu, insn, |env, low| {
-                from_qwords([widen(env, low & 0xffff_ffff), widen(env, low >> 32)])
-            })
-        },
+        Mnemonic::Cvtps2pd => {
+            |cpu, insn| half(cpu, insn, |env, low| from_qwords([widen(env, low & 0xffff_ffff), widen(env, low >> 32)]))
+        }
         Mnemonic::Cvtpd2ps => |cpu, insn| {
             whole(cpu, insn, |env, value| {
                 let [low, high] = qwords(value).map(|lane| narrow(env, lane));
@@ -77,7 +75,9 @@ fn packed_executor(insn: &Instruction) -> Option<Executor> {
             })
         },
         Mnemonic::Cvtdq2ps => |cpu, insn| {
-            whole(cpu, insn, |env, value| from_dwords(dwords(value).map(|n| from_int::<Single>(env, n as i32 as i64) as u32)))
+            whole(cpu, insn, |env, value| {
+                from_dwords(dwords(value).map(|n| from_int::<Single>(env, n as i32 as i64) as u32))
+            })
         },
         Mnemonic::Cvtdq2pd => |cpu, insn| {
             half(cpu, insn, |env, low| from_qwords(pair(low).map(|n| from_int::<Double>(env, n as i32 as i64))))
@@ -238,19 +238,26 @@ fn doubles_to_ints<const TRUNCATE: bool>(env: &mut Env, value: u128) -> u64 {
     low | high << 32
 }
 
+/// With a memory operand it is no MMX instruction. Otherwise, and for all of these, the MMX registers count as used
+/// even when an exception keeps the result from being written.
 fn mm_to_singles(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.require_sse()?;
-    cpu.require_mmx()?;
+    let memory = insn.op1_kind() == OpKind::Memory;
+    if !memory {
+        cpu.require_mmx()?;
+    }
     let source = cpu.mm_source(insn, 1)?;
     let mut env = Env::new(cpu.fpu.mxcsr);
     let [low, high] = pair(source).map(|n| from_int::<Single>(&mut env, n as i32 as i64));
+    if !memory {
+        cpu.fpu.x87.enter_mmx();
+    }
     env.finish(cpu)?;
-    cpu.fpu.x87.enter_mmx();
     set_lane::<Double>(cpu, xmm_index(insn.op0_register()), low | high << 32);
     Ok(Flow::Next)
 }
 
-/// Exact; and with a memory operand no MMX instruction at all.
+/// Exact; with a memory operand no MMX instruction either.
 fn mm_to_doubles(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.require_sse()?;
     if insn.op1_kind() != OpKind::Memory {
@@ -271,6 +278,7 @@ fn singles_to_mm<const TRUNCATE: bool>(cpu: &mut Cpu, insn: &Instruction) -> Res
     let source = cpu.low_source::<64>(insn, 1)?;
     let mut env = Env::new(cpu.fpu.mxcsr);
     let [low, high] = pair(source).map(|lane| to_int::<Single, 32, TRUNCATE>(&mut env, lane.into()) as u32);
+    cpu.fpu.x87.enter_mmx();
     env.finish(cpu)?;
     cpu.fpu.x87.set_mm(mm_index(insn.op0_register()), u64::from(low) | u64::from(high) << 32);
     Ok(Flow::Next)
@@ -282,6 +290,7 @@ fn doubles_to_mm<const TRUNCATE: bool>(cpu: &mut Cpu, insn: &Instruction) -> Res
     let source = cpu.xmm_source(insn, 1)?;
     let mut env = Env::new(cpu.fpu.mxcsr);
     let result = doubles_to_ints::<TRUNCATE>(&mut env, source);
+    cpu.fpu.x87.enter_mmx();
     env.finish(cpu)?;
     cpu.fpu.x87.set_mm(mm_index(insn.op0_register()), result);
     Ok(Flow::Next)

@@ -81,11 +81,7 @@ fn lanes<L: Lane>(env: &mut Env, a: u128, b: u128, f: impl Fn(&mut Env, u64, u64
 }
 
 #[inline(always)]
-fn packed<L: Lane>(
-    cpu: &mut Cpu,
-    insn: &Instruction,
-    f: impl Fn(&mut Env, u64, u64) -> u64,
-) -> Result<Flow, Stop> {
+fn packed<L: Lane>(cpu: &mut Cpu, insn: &Instruction, f: impl Fn(&mut Env, u64, u64) -> u64) -> Result<Flow, Stop> {
     cpu.require_sse()?;
     let b = cpu.xmm_source(insn, 1)?;
     let target = xmm_index(insn.op0_register());
@@ -109,11 +105,7 @@ fn lane<L: Lane>(value: u128) -> u64 {
 }
 
 #[inline(always)]
-fn scalar<L: Lane>(
-    cpu: &mut Cpu,
-    insn: &Instruction,
-    f: impl Fn(&mut Env, u64, u64) -> u64,
-) -> Result<Flow, Stop> {
+fn scalar<L: Lane>(cpu: &mut Cpu, insn: &Instruction, f: impl Fn(&mut Env, u64, u64) -> u64) -> Result<Flow, Stop> {
     cpu.require_sse()?;
     let b = cpu.scalar_source::<L>(insn, 1)?;
     let target = xmm_index(insn.op0_register());
@@ -126,14 +118,23 @@ fn scalar<L: Lane>(
 
 #[inline(always)]
 fn add<L: Lane>(env: &mut Env, a: u64, b: u64) -> u64 {
-    if env.plain && L::is_plain(a) && L::is_plain(b) {
+    if env.nearest && L::is_plain(a) && L::is_plain(b) {
         let sum = L::host_add(a, b);
         // A zero sum of plain numbers is exact.
-        if L::is_safely_normal(sum) || sum & !L::SIGN == 0 {
+        if sum & !L::SIGN == 0 || L::is_safely_normal(sum) && (env.plain || is_exact_sum::<L>(a, b, sum)) {
             return sum;
         }
     }
     add_fully::<L>(env, a, b)
+}
+
+/// Whether a finite sum lost nothing: its rounding error, as Knuth's two-sum finds it, is zero.
+#[inline(always)]
+fn is_exact_sum<L: Lane>(a: u64, b: u64, sum: u64) -> bool {
+    let from_b = L::host_sub(sum, a);
+    let from_a = L::host_sub(sum, from_b);
+    let error = L::host_add(L::host_sub(a, from_a), L::host_sub(b, from_b));
+    error & !L::SIGN == 0
 }
 
 fn add_fully<L: Lane>(env: &mut Env, a: u64, b: u64) -> u64 {
@@ -145,9 +146,10 @@ fn add_fully<L: Lane>(env: &mut Env, a: u64, b: u64) -> u64 {
 
 #[inline(always)]
 fn sub<L: Lane>(env: &mut Env, a: u64, b: u64) -> u64 {
-    if env.plain && L::is_plain(a) && L::is_plain(b) {
+    if env.nearest && L::is_plain(a) && L::is_plain(b) {
         let difference = L::host_sub(a, b);
-        if L::is_safely_normal(difference) || difference & !L::SIGN == 0 {
+        let exact = || env.plain || is_exact_sum::<L>(a, b ^ L::SIGN, difference);
+        if difference & !L::SIGN == 0 || L::is_safely_normal(difference) && exact() {
             return difference;
         }
     }

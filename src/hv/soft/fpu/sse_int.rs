@@ -80,9 +80,9 @@ fn arithmetic(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Psubsw => lanewise!(insn, |a, b| map16(a, b, |x, y| (x as i16).saturating_sub(y as i16) as u16)),
         Mnemonic::Pmullw => lanewise!(insn, |a, b| map16(a, b, u16::wrapping_mul)),
         Mnemonic::Pmulhw => {
-            lanewise!(insn, |a, b| map16(a, b, |x, y| (i32::from(x as i16) * i32::from(y as i16) >> 16) as u16))
+            lanewise!(insn, |a, b| map16(a, b, |x, y| ((i32::from(x as i16) * i32::from(y as i16)) >> 16) as u16))
         }
-        Mnemonic::Pmulhuw => lanewise!(insn, |a, b| map16(a, b, |x, y| (u32::from(x) * u32::from(y) >> 16) as u16)),
+        Mnemonic::Pmulhuw => lanewise!(insn, |a, b| map16(a, b, |x, y| ((u32::from(x) * u32::from(y)) >> 16) as u16)),
         Mnemonic::Pmuludq => lanewise!(insn, |a, b| map64(a, b, |x, y| u64::from(x as u32) * u64::from(y as u32))),
         Mnemonic::Pmaddwd => lanewise!(insn, |a, b| map32(a, b, multiply_add)),
         Mnemonic::Psadbw => lanewise!(insn, |a, b| map64(a, b, absolute_differences)),
@@ -96,7 +96,7 @@ fn arithmetic(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Pmaxub => lanewise!(insn, |a, b| map8(a, b, u8::max)),
         Mnemonic::Pminsw => lanewise!(insn, |a, b| map16(a, b, |x, y| (x as i16).min(y as i16) as u16)),
         Mnemonic::Pmaxsw => lanewise!(insn, |a, b| map16(a, b, |x, y| (x as i16).max(y as i16) as u16)),
-        Mnemonic::Pcmpeqb => lanewise!(insn, |a, b| map8(a, b, |x, y| u8::from(x == y).wrapping_neg())),
+        Mnemonic::Pcmpeqb => lanewise!(insn, |a, b| map64(a, b, equal_bytes)),
         Mnemonic::Pcmpeqw => lanewise!(insn, |a, b| map16(a, b, |x, y| u16::from(x == y).wrapping_neg())),
         Mnemonic::Pcmpeqd => lanewise!(insn, |a, b| map32(a, b, |x, y| u32::from(x == y).wrapping_neg())),
         Mnemonic::Pcmpgtb => {
@@ -162,9 +162,7 @@ fn rearrange(insn: &Instruction) -> Option<Executor> {
             crossing!(insn, |a, b| interleave32(a >> 64, b >> 64), mm: |a, b| interleave32(a, b) >> 64)
         }
         Mnemonic::Unpckhps => |cpu, insn| xmm_binary(cpu, insn, |a, b| interleave32(a >> 64, b >> 64)),
-        Mnemonic::Punpckhqdq | Mnemonic::Unpckhpd => {
-            |cpu, insn| xmm_binary(cpu, insn, |a, b| a >> 64 | b >> 64 << 64)
-        }
+        Mnemonic::Punpckhqdq | Mnemonic::Unpckhpd => |cpu, insn| xmm_binary(cpu, insn, |a, b| a >> 64 | b >> 64 << 64),
         Mnemonic::Pshufw => mm_shuffle,
         Mnemonic::Pshufd => |cpu, insn| xmm_immediate(cpu, insn, |_, b, order| shuffle32(b, b, order)),
         Mnemonic::Pshuflw => {
@@ -342,6 +340,14 @@ const fn low(value: u128) -> u128 {
 fn multiply_add(a: u32, b: u32) -> u32 {
     let product = |shift: u32| i32::from((a >> shift) as i16) * i32::from((b >> shift) as i16);
     product(0).wrapping_add(product(16)) as u32
+}
+
+/// All ones in each byte where the operands are equal. String functions live on it, so: eight at a time.
+fn equal_bytes(a: u64, b: u64) -> u64 {
+    const LOW_BITS: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let differ = a ^ b;
+    let equal = !(((differ & LOW_BITS) + LOW_BITS) | differ | LOW_BITS);
+    (equal >> 7) * 0xff
 }
 
 fn absolute_differences(a: u64, b: u64) -> u64 {

@@ -16,6 +16,7 @@ use super::access::mm_index;
 use super::access::xmm_index;
 use super::lane::bytes;
 use super::lane::dwords;
+use super::lane::qwords;
 
 const LOW: u128 = u64::MAX as u128;
 
@@ -241,8 +242,13 @@ fn sign_mask_double(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     Ok(Flow::Next)
 }
 
+/// The top bits of all bytes, gathered by a multiplication that moves each of a half's eight to its place.
 fn sign_bits(value: u128) -> u64 {
-    bytes(value).iter().rev().fold(0, |mask, byte| mask << 1 | u64::from(byte >> 7))
+    let [low, high] = qwords(value).map(|half| {
+        let bits = half >> 7 & 0x0101_0101_0101_0101;
+        bits.wrapping_mul(0x0102_0408_1020_4080) >> 56
+    });
+    low | high << 8
 }
 
 fn byte_mask_xmm(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {

@@ -240,8 +240,20 @@ impl X87 {
             (true, true) => match classes {
                 [Class::Quiet, Class::Signaling] => a,
                 [Class::Signaling, Class::Quiet] => b,
-                _ if a.sig != b.sig => if a.sig > b.sig { a } else { b },
-                _ => if a.sign() { b } else { a },
+                _ if a.sig != b.sig => {
+                    if a.sig > b.sig {
+                        a
+                    } else {
+                        b
+                    }
+                }
+                _ => {
+                    if a.sign() {
+                        b
+                    } else {
+                        a
+                    }
+                }
             },
         };
         if classes.contains(&Class::Signaling) && !self.raise(INVALID) {
@@ -320,6 +332,8 @@ impl X87 {
         self.set_c1(rounded.up);
         if rounded.exp - BIAS_ADJUST > EMAX {
             // Only scaling gets so far.
+            self.raise(PRECISION);
+            self.set_c1(true);
             return Extended::infinity(real.sign);
         }
         Extended::encode(real.sign, rounded.exp - BIAS_ADJUST, rounded.sig)
@@ -339,6 +353,8 @@ impl X87 {
         self.raise(UNDERFLOW | if rounded.inexact { PRECISION } else { 0 });
         self.set_c1(rounded.up);
         if rounded.exp + BIAS_ADJUST < EMIN {
+            self.raise(PRECISION);
+            self.set_c1(false);
             return Extended::zero(real.sign);
         }
         Extended::encode(real.sign, rounded.exp + BIAS_ADJUST, rounded.sig)
@@ -346,7 +362,7 @@ impl X87 {
 
     /// Rounds a register to a single or double for memory; `None` when an exception that is not masked keeps it
     /// from being stored.
-    pub(super) fn to_lane<L: Lane>(&mut self, value: Extended) -> Option<u64> {
+    pub(super) fn round_to_lane<L: Lane>(&mut self, value: Extended) -> Option<u64> {
         self.set_c1(false);
         let real = match value.class() {
             Class::Unsupported => return self.raise(INVALID).then_some(L::INDEFINITE),

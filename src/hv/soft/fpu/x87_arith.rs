@@ -47,13 +47,13 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Fdivp => binary!(true, |a, b, _| a.div(b)),
         Mnemonic::Fdivr | Mnemonic::Fidivr => binary!(false, |a, b, _| b.div(a)),
         Mnemonic::Fdivrp => binary!(true, |a, b, _| b.div(a)),
-        Mnemonic::Fsqrt => |cpu, insn| unary(cpu, insn, |x87, a| x87.operate(a, a, false, |a, _, _| a.sqrt())),
-        Mnemonic::Fabs => |cpu, insn| unary(cpu, insn, |_, a| Some(a.with_sign(false))),
-        Mnemonic::Fchs => |cpu, insn| unary(cpu, insn, |_, a| Some(a.with_sign(!a.sign()))),
-        Mnemonic::Frndint => |cpu, insn| unary(cpu, insn, round_to_integer),
-        Mnemonic::Fscale => |cpu, insn| with_second(cpu, insn, scale),
-        Mnemonic::Fprem => |cpu, insn| with_second(cpu, insn, |x87, a, b| remainder(x87, a, b, false)),
-        Mnemonic::Fprem1 => |cpu, insn| with_second(cpu, insn, |x87, a, b| remainder(x87, a, b, true)),
+        Mnemonic::Fsqrt => |cpu, insn| unary(cpu, insn, C1, |x87, a| x87.operate(a, a, false, |a, _, _| a.sqrt())),
+        Mnemonic::Fabs => |cpu, insn| unary(cpu, insn, C1, |_, a| Some(a.with_sign(false))),
+        Mnemonic::Fchs => |cpu, insn| unary(cpu, insn, C1, |_, a| Some(a.with_sign(!a.sign()))),
+        Mnemonic::Frndint => |cpu, insn| unary(cpu, insn, C1, round_to_integer),
+        Mnemonic::Fscale => |cpu, insn| with_second(cpu, insn, C1, scale),
+        Mnemonic::Fprem => |cpu, insn| with_second(cpu, insn, C1 | C2, |x87, a, b| remainder(x87, a, b, false)),
+        Mnemonic::Fprem1 => |cpu, insn| with_second(cpu, insn, C1 | C2, |x87, a, b| remainder(x87, a, b, true)),
         Mnemonic::Fxtract => extract,
         _ => return None,
     })
@@ -90,16 +90,17 @@ fn arithmetic(
     Ok(Flow::Next)
 }
 
-/// An operation on ST(0).
+/// An operation on ST(0); `clear` are the condition codes that it clears first.
 pub(super) fn unary(
     cpu: &mut Cpu,
     insn: &Instruction,
+    clear: u16,
     f: impl FnOnce(&mut X87, Extended) -> Option<Extended>,
 ) -> Result<Flow, Stop> {
     cpu.begin_x87()?;
     cpu.note_x87(insn)?;
     let x87 = &mut cpu.fpu.x87;
-    x87.set_c1(false);
+    x87.set_condition(clear, 0);
     let result = if x87.is_empty(0) { x87.underflow_stack() } else { f(x87, x87.raw(0)) };
     if let Some(result) = result {
         x87.set(0, result);
@@ -107,16 +108,17 @@ pub(super) fn unary(
     Ok(Flow::Next)
 }
 
-/// An operation on ST(0) and ST(1), which stays.
+/// An operation on ST(0) and ST(1), which stays; `clear` as for [`unary`].
 fn with_second(
     cpu: &mut Cpu,
     insn: &Instruction,
+    clear: u16,
     f: impl FnOnce(&mut X87, Extended, Extended) -> Option<Extended>,
 ) -> Result<Flow, Stop> {
     cpu.begin_x87()?;
     cpu.note_x87(insn)?;
     let x87 = &mut cpu.fpu.x87;
-    x87.set_c1(false);
+    x87.set_condition(clear, 0);
     let result =
         if x87.is_empty(0) || x87.is_empty(1) { x87.underflow_stack() } else { f(x87, x87.raw(0), x87.raw(1)) };
     if let Some(result) = result {
@@ -161,7 +163,11 @@ fn scale(x87: &mut X87, a: Extended, b: Extended) -> Option<Extended> {
         (Number::Infinity(_), _) => value,
         (Number::Zero(_), _) => value,
         (Number::Finite(real), Number::Infinity(sign)) => {
-            if sign { Number::Zero(real.sign) } else { Number::Infinity(real.sign) }
+            if sign {
+                Number::Zero(real.sign)
+            } else {
+                Number::Infinity(real.sign)
+            }
         }
         (_, Number::Zero(_)) => value,
         (Number::Finite(real), Number::Finite(by)) => {
@@ -180,18 +186,24 @@ fn scale(x87: &mut X87, a: Extended, b: Extended) -> Option<Extended> {
 /// FPREM and FPREM1. A quotient below 2^64 is found whole; from farther apart, the exponent difference shrinks
 /// by at most 63 and C2 says that the reduction is not finished.
 fn remainder(x87: &mut X87, a: Extended, b: Extended, nearest: bool) -> Option<Extended> {
-    x87.set_condition(C0 | C1 | C2 | C3, 0);
     if let Some(result) = x87.nan(a, b) {
         return result;
     }
     let (dividend, divisor) = match (a.number(), b.number()) {
         (Some(Number::Infinity(_)), _) | (_, Some(Number::Zero(_))) | (None, _) | (_, None) => return x87.invalid(),
         (Some(Number::Finite(a)), Some(Number::Finite(b))) => (a, b),
-        (Some(_), Some(_)) => return x87.note_denormals(a, b, false).then_some(a),
+        (Some(number), Some(_)) => {
+            if !x87.note_denormals(a, b, false) {
+                return None;
+            }
+            x87.set_condition(C0 | C3, 0);
+            return Some(x87.round(number, 64));
+        }
     };
     if !x87.note_denormals(a, b, false) {
         return None;
     }
+    x87.set_condition(C0 | C3, 0);
     let apart = dividend.exp - divisor.exp;
     if apart < -1 || apart == -1 && !nearest {
         return Some(x87.round(Number::Finite(dividend), 64));
@@ -219,11 +231,7 @@ fn remainder(x87: &mut X87, a: Extended, b: Extended, nearest: bool) -> Option<E
     let bit = |n: u32, flag: u16| if quotient >> n & 1 == 1 { flag } else { 0 };
     x87.set_condition(C0 | C1 | C3, bit(2, C0) | bit(1, C3) | bit(0, C1));
     let condition = x87.status & C1;
-    let result = if rest == 0 {
-        Extended::zero(dividend.sign)
-    } else {
-        x87.round(as_number(sign, rest, exp), 64)
-    };
+    let result = if rest == 0 { Extended::zero(dividend.sign) } else { x87.round(as_number(sign, rest, exp), 64) };
     x87.set_condition(C1, condition);
     Some(result)
 }

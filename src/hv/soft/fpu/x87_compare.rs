@@ -43,7 +43,6 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
 
 /// Compares with the exceptions of it: the order (`None` when unordered), and whether the instruction completes.
 fn compare(x87: &mut X87, a: Extended, b: Extended, denormal: bool, signal: bool) -> (Option<Ordering>, bool) {
-    x87.set_c1(false);
     let (Some(x), Some(y)) = (a.number(), b.number()) else {
         let quiet = [a, b].iter().all(|v| !matches!(v.class(), Class::Signaling | Class::Unsupported));
         return (None, quiet && !signal || x87.raise(INVALID));
@@ -77,13 +76,14 @@ fn compare_codes(cpu: &mut Cpu, insn: &Instruction, pops: u32, signal: bool) -> 
         let (value, denormal) = memory.unwrap_or_else(|| (x87.raw(i), false));
         compare(x87, x87.raw(0), value, denormal, signal)
     };
-    x87.set_condition(C0 | C2 | C3, codes(order));
+    x87.set_condition(C0 | C1 | C2 | C3, codes(order));
     if completes {
         (0..pops).for_each(|_| x87.pop());
     }
     Ok(Flow::Next)
 }
 
+/// The forms that set RFLAGS leave C1 alone but for a stack fault.
 fn compare_flags(cpu: &mut Cpu, insn: &Instruction, pop: bool, signal: bool) -> Result<Flow, Stop> {
     cpu.begin_x87()?;
     cpu.note_x87(insn)?;
@@ -115,7 +115,7 @@ fn test(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     } else {
         compare(x87, x87.raw(0), Extended::zero(false), false, true).0
     };
-    x87.set_condition(C0 | C2 | C3, codes(order));
+    x87.set_condition(C0 | C1 | C2 | C3, codes(order));
     Ok(Flow::Next)
 }
 

@@ -15,7 +15,6 @@ use crate::hv::soft::operand::segment_fault;
 
 use super::extended::Class;
 use super::extended::Extended;
-use super::x87::C1;
 use super::x87::EXCEPTIONS;
 use super::x87::Pointers;
 use super::x87::X87;
@@ -46,13 +45,17 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Fdecstp => |cpu, insn| noted(cpu, insn, |x87| turn(x87, 7)),
         Mnemonic::Ffree => |cpu, insn| {
             let i = st_index(insn.op0_register());
-            noted(cpu, insn, |x87| x87.free(i))
+            noted(cpu, insn, |x87| {
+                x87.free(i);
+                x87.set_c1(false);
+            })
         },
         Mnemonic::Ffreep => |cpu, insn| {
             let i = st_index(insn.op0_register());
             noted(cpu, insn, |x87| {
                 x87.free(i);
                 x87.pop();
+                x87.set_c1(false);
             })
         },
         Mnemonic::Fnstenv => store_environment,
@@ -65,7 +68,7 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
 
 fn turn(x87: &mut X87, by: u8) {
     x87.rotate(by);
-    x87.set_condition(C1, 0);
+    x87.set_c1(false);
 }
 
 fn noted(cpu: &mut Cpu, insn: &Instruction, f: impl FnOnce(&mut X87)) -> Result<Flow, Stop> {
@@ -121,10 +124,7 @@ fn wait(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
 
 /// Whether the operand size is 16 bits, which makes the environment 14 bytes and not 28.
 fn is_narrow(insn: &Instruction) -> bool {
-    matches!(
-        insn.code(),
-        Code::Fnstenv_m14byte | Code::Fldenv_m14byte | Code::Fnsave_m94byte | Code::Frstor_m94byte
-    )
+    matches!(insn.code(), Code::Fnstenv_m14byte | Code::Fldenv_m14byte | Code::Fnsave_m94byte | Code::Frstor_m94byte)
 }
 
 const fn environment_size(narrow: bool) -> usize {
@@ -173,14 +173,12 @@ fn set_environment(x87: &mut X87, bytes: &[u8; 28], narrow: bool) {
     let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
     let dword = |at: usize| u64::from(word(at)) | u64::from(word(at + 2)) << 16;
     let tags = if narrow {
-        x87.pointers =
-            Pointers { opcode: 0, ip: word(6).into(), cs: word(8), dp: word(10).into(), ds: word(12) };
+        x87.pointers = Pointers { opcode: 0, ip: word(6).into(), cs: word(8), dp: word(10).into(), ds: word(12) };
         x87.set_control(word(0));
         x87.set_status_word(word(2));
         word(4)
     } else {
-        x87.pointers =
-            Pointers { opcode: word(18) & 0x7ff, ip: dword(12), cs: word(16), dp: dword(20), ds: word(24) };
+        x87.pointers = Pointers { opcode: word(18) & 0x7ff, ip: dword(12), cs: word(16), dp: dword(20), ds: word(24) };
         x87.set_control(word(0));
         x87.set_status_word(word(4));
         word(8)

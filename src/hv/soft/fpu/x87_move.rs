@@ -11,7 +11,6 @@ use crate::hv::soft::fault::Flow;
 use crate::hv::soft::fault::Stop;
 use crate::hv::soft::operand::segment_fault;
 
-use super::extended::Class;
 use super::extended::Extended;
 use super::extended::INDEFINITE;
 use super::lane::Double;
@@ -30,8 +29,14 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Fld if !memory => |cpu, insn| {
             cpu.begin_x87()?;
             cpu.note_x87(insn)?;
-            let (x87, i) = (&mut cpu.fpu.x87, st_index(insn.op1_register()));
-            x87.load(|x87| if x87.is_empty(i) { x87.underflow_stack() } else { Some(x87.raw(i)) });
+            let (x87, i) = (&mut cpu.fpu.x87, st_index(insn.op_register(insn.op_count() - 1)));
+            if x87.is_empty(i) {
+                if let Some(nan) = x87.underflow_stack() {
+                    x87.push(nan);
+                }
+            } else {
+                x87.load(|x87| Some(x87.raw(i)));
+            }
             Ok(Flow::Next)
         },
         Mnemonic::Fld => match insn.memory_size() {
@@ -42,7 +47,19 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Fild => load_int,
         Mnemonic::Fbld => load_decimal,
         Mnemonic::Fst if !memory => |cpu, insn| store_register(cpu, insn, false),
-        Mnemonic::Fstp | Mnemonic::Fstpnce if !memory => |cpu, insn| store_register(cpu, insn, true),
+        Mnemonic::Fstp if !memory => |cpu, insn| store_register(cpu, insn, true),
+        // An empty ST(0) is no error: nothing is stored.
+        Mnemonic::Fstpnce => |cpu, insn| {
+            cpu.begin_x87()?;
+            cpu.note_x87(insn)?;
+            let x87 = &mut cpu.fpu.x87;
+            x87.set_c1(false);
+            if !x87.is_empty(0) {
+                x87.set(st_index(insn.op0_register()), x87.raw(0));
+            }
+            x87.pop();
+            Ok(Flow::Next)
+        },
         Mnemonic::Fst => match insn.memory_size() {
             MemorySize::Float32 => |cpu, insn| store_lane::<Single>(cpu, insn, false),
             _ => |cpu, insn| store_lane::<Double>(cpu, insn, false),
@@ -86,7 +103,11 @@ fn load_lane<L: Lane>(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         if L::is_signaling(bits) {
             return x87.raise(INVALID).then_some(value.quieted());
         }
-        (!L::is_denormal(bits) || x87.raise(DENORMAL)).then_some(value)
+        if L::is_denormal(bits) {
+            // It completes even when that is not masked: nothing is lost.
+            x87.raise(DENORMAL);
+        }
+        Some(value)
     });
     Ok(Flow::Next)
 }
@@ -173,7 +194,7 @@ fn store_lane<L: Lane>(cpu: &mut Cpu, insn: &Instruction, pop: bool) -> Result<F
         if x87.is_empty(0) {
             return x87.underflow_stack().map(|_| L::INDEFINITE);
         }
-        x87.to_lane::<L>(x87.raw(0))
+        x87.round_to_lane::<L>(x87.raw(0))
     };
     store_memory(cpu, insn, pop, convert, |cpu, bits| {
         if L::BITS == 32 { cpu.store(insn, bits as u32) } else { cpu.store(insn, bits) }
@@ -343,7 +364,6 @@ fn move_if(cpu: &mut Cpu, insn: &Instruction, cc: u8) -> Result<Flow, Stop> {
     cpu.note_x87(insn)?;
     let moves = cpu.flags.condition(cc);
     let (x87, i) = (&mut cpu.fpu.x87, st_index(insn.op1_register()));
-    x87.set_c1(false);
     if x87.is_empty(0) || x87.is_empty(i) {
         if let Some(value) = x87.underflow_stack() {
             x87.set(0, value);
@@ -367,9 +387,4 @@ pub(super) fn read_operand(cpu: &mut Cpu, insn: &Instruction) -> Result<(Extende
         }
         _ => (Extended::from_int(read_int(cpu, insn)?), false),
     })
-}
-
-/// Whether a register's value is denormal.
-pub(super) fn is_denormal(value: Extended) -> bool {
-    value.class() == Class::Denormal
 }
