@@ -22,6 +22,10 @@ use crate::hv::VcpuSeed;
 use crate::hv::state::VcpuState;
 use crate::units::VcpuId;
 
+/// The soft engine's handlers call one another up to some two thousand deep where the optimiser does not turn the calls
+/// into jumps, in an unoptimised build that is. Only what is touched costs memory.
+const STACK_BYTES: usize = 8 << 20;
+
 /// How a vCPU's life ended.
 #[derive(Debug)]
 pub(super) enum VcpuEnd {
@@ -54,7 +58,8 @@ impl VcpuThread {
         let kick = seed.kicker();
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&stop);
-        thread::Builder::new().name(format!("vcpu-{}", id.0)).spawn(move || {
+        let thread = thread::Builder::new().name(format!("vcpu-{}", id.0)).stack_size(STACK_BYTES);
+        thread.spawn(move || {
             let report = Report(Some(ended));
             let end = run(seed, io, &state, &asked);
             report.send(end);

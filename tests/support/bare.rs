@@ -49,6 +49,7 @@ impl IoHandler for ExitOnOut {
 pub(crate) struct Bare {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) vcpu: Box<dyn Vcpu>,
+    kick: Arc<dyn Kick>,
 }
 
 impl Bare {
@@ -66,10 +67,16 @@ impl Bare {
         let vm = Soft::new().create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, Arc::clone(&ram)).expect("machine");
         let seed = vm.create_vcpu(VcpuId(0)).expect("vcpu");
         let kick = Arc::new(OnceLock::new());
-        kick.set(seed.kicker()).expect("set once");
+        let kicker = seed.kicker();
+        kick.set(Arc::clone(&kicker)).expect("set once");
         let mut vcpu = seed.bind(Box::new(ExitOnOut { kick })).expect("bind");
         vcpu.restore(&initial_state()).expect("a valid state");
-        Self { ram, vcpu }
+        Self { ram, vcpu, kick: kicker }
+    }
+
+    /// What ends the guest's run from another thread.
+    pub(crate) fn kick(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.kick)
     }
 
     /// Runs until the guest leaves by the exit port, and returns its state then.

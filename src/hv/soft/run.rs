@@ -57,16 +57,13 @@ impl SoftVcpu {
             if self.mailbox.take_kick() {
                 return Ok(Some(Exit::Kicked));
             }
-            self.cpu.lapic.poll();
-            if self.cpu.lapic.take_signals() != Signals::default() {
-                return Err(self.unimplemented("an NMI, INIT or start-up message"));
-            }
+            self.poll()?;
         }
         if !self.cpu.code_writes.is_empty() {
             self.code.drop_written(&mut self.cpu);
         }
         if self.slice <= 0 {
-            self.cpu.lapic.poll();
+            self.poll()?;
             self.slice = SLICE;
             self.retired.fetch_add(self.executed.max(0) as u64, Ordering::Relaxed);
             self.executed = 0;
@@ -90,6 +87,15 @@ impl SoftVcpu {
         }
         self.slice -= RETURN_COST;
         Ok(None)
+    }
+
+    /// Takes in what was sent and what the timer owes.
+    fn poll(&mut self) -> Result<(), HvError> {
+        self.cpu.lapic.poll();
+        if self.cpu.lapic.take_signals() != Signals::default() {
+            return Err(self.unimplemented("an NMI, INIT or start-up message"));
+        }
+        Ok(())
     }
 
     /// Delivers the highest interrupt if the processor accepts one now; true when that ended in shutdown.
