@@ -75,6 +75,7 @@ impl Bare {
     }
 
     /// What ends the guest's run from another thread.
+    #[allow(dead_code, reason = "the benchmarks share this file and do not need it")]
     pub(crate) fn kick(&self) -> Arc<dyn Kick> {
         Arc::clone(&self.kick)
     }

@@ -41,7 +41,8 @@ impl CodeCache {
         let translator = Translator::new();
         let mut cache = Self {
             arena: Vec::with_capacity(MAX_OPS + 128),
-            blocks: HashMap::default(),
+            // A kernel's boot decodes some tens of thousands.
+            blocks: HashMap::with_capacity_and_hasher(1 << 15, FxBuildHasher),
             pages: HashMap::default(),
             translator,
         };

@@ -26,7 +26,7 @@ pub(super) struct Block<'a> {
 }
 
 /// Bytes looked at for one block: more than all but the longest take, and cheaper to copy than a page.
-const WINDOW: usize = 512;
+const WINDOW: usize = 192;
 
 /// The six arithmetic flags, as the instruction tables number them.
 const ARITHMETIC: u32 =
