@@ -116,7 +116,7 @@ impl CodeCache {
                     *op = Op {
                         run: branch::forward,
                         link: UNLINKED,
-                        misc: 1,
+                        misc: 1 << 2,
                         at: (extent.start % PAGE_SIZE) as u16,
                         ..*op
                     };

@@ -15,8 +15,9 @@ use super::fast::{Handler, Op, UNLINKED, crossing, general, sse, stack};
 use super::operand::operand_bits;
 use super::step::{self, MAX_LENGTH};
 
-/// Instructions in a block: longer ones gain little, and this bounds how far a chain overruns its budget.
-const MAX_BLOCK: usize = 64;
+/// Instructions in a block: longer ones gain little, and this bounds how far a chain overruns its budget. Fits in
+/// [`Op::block_length`].
+const MAX_BLOCK: usize = 63;
 
 /// A decoded block: operations, and how many bytes of the page they came from.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl Translator {
             Some(_) => {}
         }
         if let Some(last) = self.ops.last_mut() {
-            last.misc = count;
+            last.set_block_length(count);
         }
         Block { ops: &self.ops, bytes: (end - start).max(1) }
     }
@@ -183,7 +184,19 @@ fn fuse(insns: &[Instruction], ops: &mut Vec<Op>) {
 
 /// The operation with a handler of its own for an instruction, if there is one.
 fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
-    if insn.has_lock_prefix() {
+    // With one processor a plain read-modify-write is atomic; the decoder lets LOCK stand only where it is allowed.
+    if insn.has_lock_prefix()
+        && !matches!(
+            insn.mnemonic(),
+            Mnemonic::Add
+                | Mnemonic::Sub
+                | Mnemonic::Inc
+                | Mnemonic::Dec
+                | Mnemonic::And
+                | Mnemonic::Or
+                | Mnemonic::Xor
+        )
+    {
         return None;
     }
     match insn.mnemonic() {
@@ -395,9 +408,17 @@ fn by_code(insn: &Instruction) -> Option<Op> {
         }
         Code::Jmp_rm64 if is_memory(insn, 0) => {
             if memory(insn, &mut op)? {
-                return None;
+                branch::jmp_memory::<true>
+            } else {
+                branch::jmp_memory::<false>
             }
-            branch::jmp_memory
+        }
+        Code::Call_rm64 if is_memory(insn, 0) => {
+            if memory(insn, &mut op)? {
+                branch::call_memory::<true>
+            } else {
+                branch::call_memory::<false>
+            }
         }
         Code::Jmp_rm64 => {
             op.dst = register(insn, 0)?;

@@ -94,7 +94,7 @@ pub(super) fn jump(cpu: &mut Cpu, target: u64, instructions: u8, arena: &[Op]) -
 #[inline(always)]
 fn jump_in_page(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op], target: u64, second: bool) -> Leave {
     let target = cpu.regs[slot::PAGE].wrapping_add(target);
-    if spend(cpu, op.misc) {
+    if spend(cpu, op.block_length()) {
         cpu.rip = target;
         return Leave::Budget;
     }
@@ -114,7 +114,7 @@ fn jump_relative(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op], target: u64,
         return jump_in_page(cpu, op, rest, arena, target, second);
     }
     let target = cpu.regs[slot::PAGE].wrapping_add(target);
-    jump(cpu, target, op.misc, arena)
+    jump(cpu, target, op.block_length(), arena)
 }
 
 /// JMP rel, and the end of a block that runs into the next.
@@ -168,7 +168,7 @@ pub(in super::super) fn ret(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -
         return super::redecoded(cpu, op, rest, arena);
     }
     cpu.regs[slot::RSP] = sp.wrapping_add(8).wrapping_add(op.imm);
-    jump(cpu, target, op.misc, arena)
+    jump(cpu, target, op.block_length(), arena)
 }
 
 /// JMP r64.
@@ -177,7 +177,7 @@ pub(in super::super) fn jmp_register(cpu: &mut Cpu, op: &Op, rest: &[Op], arena:
     if !super::super::cpu::is_canonical(target) {
         return super::redecoded(cpu, op, rest, arena);
     }
-    jump(cpu, target, op.misc, arena)
+    jump(cpu, target, op.block_length(), arena)
 }
 
 /// CALL r64.
@@ -193,16 +193,33 @@ pub(in super::super) fn call_register(cpu: &mut Cpu, op: &Op, rest: &[Op], arena
         return super::redecoded(cpu, op, rest, arena);
     }
     cpu.regs[slot::RSP] = sp;
-    jump(cpu, target, op.misc, arena)
+    jump(cpu, target, op.block_length(), arena)
 }
 
-/// JMP m64 without an index: the shape of a PLT entry.
-pub(in super::super) fn jmp_memory(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
-    let target = load!(u64, address::<false>(cpu, op), cpu, op, rest, arena);
+/// JMP m64: a PLT entry, a jump table.
+pub(in super::super) fn jmp_memory<const I: bool>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let target = load!(u64, address::<I>(cpu, op), cpu, op, rest, arena);
     if !super::super::cpu::is_canonical(target) {
         return super::redecoded(cpu, op, rest, arena);
     }
-    jump(cpu, target, op.misc, arena)
+    jump(cpu, target, op.block_length(), arena)
+}
+
+/// CALL m64.
+pub(in super::super) fn call_memory<const I: bool>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let target = load!(u64, address::<I>(cpu, op), cpu, op, rest, arena);
+    let sp = cpu.regs[slot::RSP].wrapping_sub(8);
+    let back = cpu.regs[slot::PAGE].wrapping_add(following(op));
+    // Not by the miss path: two accesses that share a TLB entry would evict each other for ever.
+    if !super::super::cpu::is_canonical(target) || cpu.write(sp, back).is_err() {
+        return super::redecoded(cpu, op, rest, arena);
+    }
+    cpu.regs[slot::RSP] = sp;
+    if !cpu.code_writes.is_empty() {
+        cpu.rip = target;
+        return Leave::Sync;
+    }
+    jump(cpu, target, op.block_length(), arena)
 }
 
 /// Jcc handlers by condition code.

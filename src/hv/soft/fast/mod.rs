@@ -68,8 +68,21 @@ pub(super) struct Op {
     pub(super) at: u16,
     /// Length of the instruction.
     pub(super) len: u8,
-    /// Low two bits: address scale. In an operation that ends a block: the block's length.
+    /// Low two bits: address scale. Upper six, in an operation that ends a block: the block's length.
     pub(super) misc: u8,
+}
+
+impl Op {
+    /// How many instructions the block has that this operation ends; 0 in its midst.
+    #[inline(always)]
+    pub(super) fn block_length(&self) -> u8 {
+        self.misc >> 2
+    }
+
+    /// Notes the length of the block that this operation ends, at most 63.
+    pub(super) fn set_block_length(&mut self, instructions: u8) {
+        self.misc = self.misc & 3 | instructions << 2;
+    }
 }
 
 const _: () = assert!(size_of::<Op>() == 32);
@@ -248,7 +261,7 @@ fn after(cpu: &mut Cpu, op: &Op, flow: Flow, rest: &[Op], arena: &[Op]) -> Leave
         Flow::Jump => {
             let target = cpu.rip;
             // A repeated string instruction comes back to itself: never for free.
-            branch::jump(cpu, target, op.misc.max(1), arena)
+            branch::jump(cpu, target, op.block_length().max(1), arena)
         }
         Flow::Sync => Leave::Sync,
         Flow::Halt => Leave::Halt,
