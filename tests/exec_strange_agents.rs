@@ -207,12 +207,16 @@ async fn a_deadline_beyond_the_clock_is_none() {
 
 /// A stream that always has one more empty STDOUT frame, and takes whatever is written.
 #[derive(Debug)]
-struct Flood;
+struct Flood {
+    /// Where in a frame the next byte is.
+    at: usize,
+}
 
 impl AsyncRead for Flood {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        while into.remaining() >= 5 {
-            into.put_slice(&[1, 0, 0, 0, 0]);
+    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while into.remaining() > 0 {
+            into.put_slice(&[[1, 0, 0, 0, 0][self.at]]);
+            self.at = (self.at + 1) % 5;
         }
         Poll::Ready(Ok(()))
     }
@@ -234,7 +238,7 @@ impl AsyncWrite for Flood {
 
 impl Connector for Flood {
     fn connect(&self, _port: u32) -> BoxFuture<'_, io::Result<Box<dyn GuestStream>>> {
-        Box::pin(async { Ok(Box::new(Self) as Box<dyn GuestStream>) })
+        Box::pin(async { Ok(Box::new(Self { at: 0 }) as Box<dyn GuestStream>) })
     }
 }
 
@@ -244,7 +248,7 @@ fn a_flood_does_not_outrun_the_timeout() {
     let (sender, outcome) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let command = ExecBuilder::new(Arc::new(Flood)).argv(["program"]).timeout(Duration::from_millis(50));
+        let command = ExecBuilder::new(Arc::new(Flood { at: 0 })).argv(["program"]).timeout(Duration::from_millis(50));
         sender.send(runtime.block_on(command.output()))
     });
     let outcome = outcome.recv_timeout(Duration::from_secs(20)).expect("the timeout comes").expect("an outcome");
