@@ -2,7 +2,10 @@
 
 use std::io;
 use std::os::unix::process::ExitStatusExt;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Context;
+use std::task::Poll;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -12,9 +15,12 @@ use kiln::exec::probe;
 use kiln::exec::wait_ready;
 use kiln::transport::Connector;
 use kiln::transport::GuestStream;
+use tokio::io::AsyncRead;
 use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWrite;
 use tokio::io::AsyncWriteExt;
 use tokio::io::DuplexStream;
+use tokio::io::ReadBuf;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -189,4 +195,62 @@ async fn waiting_for_an_agent_outlasts_refusals() {
     agent.write_all(&[0xfe, 0, 0, 0, 24]).await.expect("room");
     agent.write_all(br#"{"ok":true,"protocol":5}"#).await.expect("room");
     assert_eq!(waiting.await.expect("no panic").expect("answers"), 5);
+}
+
+#[tokio::test]
+async fn a_deadline_beyond_the_clock_is_none() {
+    let (host, mut agent) = tokio::io::duplex(1 << 10);
+    agent.write_all(&[0xfe, 0, 0, 0, 24]).await.expect("room");
+    agent.write_all(br#"{"ok":true,"protocol":5}"#).await.expect("room");
+    assert_eq!(wait_ready(&Once(Mutex::new(Some(host))), Duration::MAX).await.expect("answers"), 5);
+}
+
+/// A stream that always has one more empty STDOUT frame, and takes whatever is written.
+#[derive(Debug)]
+struct Flood {
+    /// Where in a frame the next byte is.
+    at: usize,
+}
+
+impl AsyncRead for Flood {
+    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while into.remaining() > 0 {
+            into.put_slice(&[[1, 0, 0, 0, 0][self.at]]);
+            self.at = (self.at + 1) % 5;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Flood {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Connector for Flood {
+    fn connect(&self, _port: u32) -> BoxFuture<'_, io::Result<Box<dyn GuestStream>>> {
+        Box::pin(async { Ok(Box::new(Self { at: 0 }) as Box<dyn GuestStream>) })
+    }
+}
+
+/// On a thread of its own: an exec that a flood keeps busy would take the test's runtime with it.
+#[test]
+fn a_flood_does_not_outrun_the_timeout() {
+    let (sender, outcome) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let command = ExecBuilder::new(Arc::new(Flood { at: 0 })).argv(["program"]).timeout(Duration::from_millis(50));
+        sender.send(runtime.block_on(command.output()))
+    });
+    let outcome = outcome.recv_timeout(Duration::from_secs(20)).expect("the timeout comes").expect("an outcome");
+    assert!(outcome.timed_out);
 }

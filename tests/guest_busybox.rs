@@ -34,7 +34,7 @@ async fn a_script_of_a_hundred_commands_prints_what_it_prints_here() {
     let commands = SCRIPT.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).count();
     assert!(commands > 100, "{commands}");
     let vm = boot().await;
-    let script = "mkdir /work && cd /work && . /dev/stdin";
+    let script = "mkdir /scratch && cd /scratch && . /dev/stdin";
     let mut child = guest::shell(&vm, script).spawn().await.unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let feeding = tokio::spawn(async move { stdin.write_all(SCRIPT.as_bytes()).await });

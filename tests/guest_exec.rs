@@ -220,6 +220,15 @@ async fn a_large_output_arrives_whole_at_a_slow_reader() {
 }
 
 #[tokio::test]
+async fn a_terminal_is_one_where_it_is_asked_for() {
+    let vm = boot().await;
+    let script = "test -t 0 && test -t 1 && test -t 2 && stty size";
+    assert!(!outcome(&vm, script).await.success(), "three pipes");
+    let out = vm.exec_builder().argv(["sh", "-c", script]).tty(true).winsize(91, 33).output().await.unwrap();
+    assert!(out.success() && out.stdout == b"33 91\r\n", "{}", show(&out));
+}
+
+#[tokio::test]
 async fn a_reader_that_leaves_stops_the_writer() {
     let vm = boot().await;
     let mut child = vm.exec(["yes"]).await.unwrap();

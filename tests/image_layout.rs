@@ -244,6 +244,26 @@ async fn layer_types_and_counts_that_make_no_sense() {
 }
 
 #[tokio::test]
+async fn layers_that_would_fill_the_disk_are_refused_before_a_byte_is_copied() {
+    let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });
+    for sizes in [vec![u64::MAX], vec![u64::MAX, u64::MAX], vec![40 << 30, 40 << 30]] {
+        let layout = Layout::new();
+        let layers: Vec<_> = sizes
+            .iter()
+            .map(|size| {
+                let mut blob = layout.blob("application/vnd.oci.image.layer.v1.tar", b"x");
+                blob["size"] = json!(size);
+                blob
+            })
+            .collect();
+        let manifest = layout.manifest_of(&config, &layers);
+        let error = refused(&layout.tag("latest", manifest), None).await;
+        let too_large = matches!(error, LayoutError::Manifest(ManifestError::LayersTooLarge { .. }));
+        assert!(too_large, "{sizes:?}: {error:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_fifo_in_place_of_a_blob_does_not_hang() {
     let layout = Layout::of(&[layer()]);
     let path = layout.blob_path(&Digest::of(&layer().blob));

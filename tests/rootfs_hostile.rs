@@ -2,6 +2,8 @@
 
 mod image_support;
 
+use std::time::Duration;
+
 use image_support::Entry;
 use image_support::LayerBlob;
 use image_support::Place;
@@ -230,6 +232,45 @@ async fn folders_deeper_than_any_path() {
     }
     let (kind, _) = refused(tar).await;
     assert!(matches!(kind, Kind::TooLong { what: "nesting of folders", .. }), "{kind:?}");
+}
+
+/// Whiteouts that each looked through all of a full folder would make hours of this.
+#[tokio::test]
+async fn many_whiteouts_of_a_full_folder_are_no_more_work_than_both() {
+    const COUNT: usize = 40_000;
+    let filled = (0..COUNT).fold(Tar::new(), |tar, index| tar.file(&format!("d/{index}"), b""));
+    let hidden = |tar, _| Tar::file(tar, ".wh.d", b"");
+    let layer = LayerBlob::plain((0..COUNT).fold(filled, hidden).finish());
+    let place = Place::new().await;
+    let built = tokio::time::timeout(Duration::from_secs(10), place.build(&[layer])).await;
+    built.expect("in time").expect("a strange layer, and a valid one");
+}
+
+#[tokio::test]
+async fn a_dropped_build_ends_inside_a_bomb() {
+    // An archive with 32 GiB of zeros behind its end, in as many members as that takes.
+    let mut blob = image_support::gzip(&Tar::new().file("f", b"1").finish());
+    blob.extend(image_support::gzip(&vec![0; 32 << 20]).repeat(1024));
+    let layer = LayerBlob { blob, ..LayerBlob::gzip(b"") };
+    let place = Place::new().await;
+    let image = place.import(&[layer]).await;
+    let build = tokio::spawn({
+        let cache = place.cache.clone();
+        async move { rootfs::build(&image, &cache).await }
+    });
+    eventually(|| !place.debris().is_empty()).await;
+    build.abort();
+    eventually(|| place.debris().is_empty()).await;
+}
+
+/// Looks again and again, for ten seconds.
+async fn eventually(happened: impl Fn() -> bool) {
+    let looking = async {
+        while !happened() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), looking).await.expect("in time");
 }
 
 /// Bytes that do not compress.

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use rustix::fs::OFlags;
 
 /// Permission bits of a file whose writer names none.
 const DEFAULT_MODE: u32 = 0o644;
@@ -50,17 +51,22 @@ pub(crate) fn write_atomically(path: &Path, data: &[u8], mode: u32) -> io::Resul
     written
 }
 
+/// Opens a regular file for reading. Anything else is refused, and not waited for: a FIFO that a workload has left
+/// somewhere would stop the whole agent, in the opening already.
+pub(crate) fn open_regular(path: &str) -> io::Result<File> {
+    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+    let file = fs::OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
+}
+
 /// Reads all of `path` as base64.
 pub(crate) fn read(path: &str, max_bytes: Option<u64>) -> Result<String, String> {
     let max = max_bytes.unwrap_or(DEFAULT_MAX_READ).min(LARGEST_READ);
     let mut data = Vec::new();
-    let read = File::open(path).and_then(|file| {
-        // A FIFO or a terminal would stop the whole agent.
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        file.take(max + 1).read_to_end(&mut data)
-    });
+    let read = open_regular(path).and_then(|file| file.take(max + 1).read_to_end(&mut data));
     match read {
         Err(error) => Err(format!("{path}: {error}")),
         Ok(_) if data.len() as u64 > max => Err(format!("{path}: larger than {max} bytes")),

@@ -2,11 +2,11 @@
 //!
 //! The C library's lookup is not used: it loads plug-ins at run time, which a static program in a foreign image cannot.
 
-use std::fs::File;
 use std::io::Read;
 
 use kiln_wire::failure::Failure;
 
+use crate::files;
 use crate::sys::process::Identity;
 
 /// How much of `/etc/passwd` or `/etc/group` is read, in bytes (1 MiB).
@@ -27,7 +27,7 @@ pub(crate) fn lookup(spec: &str) -> Result<User, Failure> {
 
 fn database(path: &str) -> String {
     let mut bytes = Vec::new();
-    if let Ok(file) = File::open(path) {
+    if let Ok(file) = files::open_regular(path) {
         // A file that cannot be read to its end still has usable lines.
         let _ = file.take(MAX_DATABASE).read_to_end(&mut bytes);
     }

@@ -5,6 +5,7 @@ mod support;
 use std::io::Read;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use kiln::exec::Control;
@@ -91,6 +92,16 @@ async fn files_are_written_and_read_back() {
     control(&*agent.connector(), &read, PATIENCE).await.expect_err("five bytes are more than four");
     let read = Control::ReadFile { path: "/dev/zero".to_owned(), max_bytes: None };
     control(&*agent.connector(), &read, PATIENCE).await.expect_err("not a regular file");
+}
+
+/// What a workload leaves in the place of a file must not stop the agent, which serves everyone on one thread.
+#[tokio::test]
+async fn a_fifo_is_refused_and_not_waited_for() {
+    let agent = Agent::start().await;
+    assert!(agent.exec(["mkfifo", "fifo"]).output().await.expect("ends").success());
+    let read = Control::ReadFile { path: agent.folder().join("fifo").to_string_lossy().into_owned(), max_bytes: None };
+    let error = control(&*agent.connector(), &read, Duration::from_secs(10)).await.expect_err("not a regular file");
+    assert!(matches!(error, ExecError::Refused { .. }), "{error:?}");
 }
 
 #[tokio::test]

@@ -46,14 +46,15 @@ pub async fn probe(connector: &dyn Connector, deadline: Duration) -> Result<u32,
 /// # Cancel safety
 /// Cancel safe.
 pub async fn wait_ready(connector: &dyn Connector, deadline: Duration) -> Result<u32, ExecError> {
-    let end = Instant::now() + deadline;
+    // A deadline beyond what the clock can express never comes.
+    let end = Instant::now().checked_add(deadline);
     loop {
-        let left = end.saturating_duration_since(Instant::now());
+        let left = end.map_or(deadline, |end| end.saturating_duration_since(Instant::now()));
         match probe(connector, left.min(PROBE_ATTEMPT)).await {
             Err(ExecError::Connect(_) | ExecError::AgentGone(_) | ExecError::Timeout { .. }) => {}
             answered => return answered,
         }
-        if Instant::now() + PROBE_INTERVAL >= end {
+        if end.is_some_and(|end| Instant::now() + PROBE_INTERVAL >= end) {
             return Err(ExecError::Timeout { after: deadline });
         }
         tokio::time::sleep(PROBE_INTERVAL).await;

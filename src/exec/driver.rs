@@ -19,6 +19,7 @@ use tokio::io::ReadHalf;
 use tokio::io::WriteHalf;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
+use tokio::task::coop;
 use tokio::time::Instant;
 use tokio_util::codec::FramedRead;
 use tokio_util::codec::FramedWrite;
@@ -167,6 +168,8 @@ async fn read_frames(
     lanes: &Lanes,
 ) -> Result<Exit, ExecError> {
     while let Some(frame) = frames.next().await {
+        // The stream may never say "not ready", and neither may the lanes: the deadlines need their turn.
+        coop::consume_budget().await;
         let Frame { kind, payload } = frame.map_err(ExecError::gone)?;
         match kind {
             Kind::Stdout => lanes.push(Lane::Stdout, &payload).await,

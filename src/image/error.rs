@@ -35,6 +35,14 @@ pub enum ManifestError {
         /// How many are accepted.
         limit: usize,
     },
+    /// Layers that together are longer than any real image: a registry could fill the disk with them.
+    #[error("layers of {total} bytes together, more than {limit}")]
+    LayersTooLarge {
+        /// What the manifest promises, in bytes.
+        total: u64,
+        /// What is accepted, in bytes.
+        limit: u64,
+    },
     /// Manifest and configuration disagree.
     #[error("manifest lists {manifest} layers, configuration {config}")]
     LayerCount {

@@ -33,6 +33,9 @@ const LAYER_TYPES: [&str; 6] = [
 /// Docker stops at 127 layers; other builders stay below it to be usable there.
 const MAX_LAYERS: usize = 512;
 
+/// All layers as transported, in bytes: as much as an image may have after decompression.
+const MAX_LAYER_BYTES: u64 = 64 << 30;
+
 /// How many indexes may lead to one another. Attestations nest one deep; more is a loop in disguise.
 pub(super) const MAX_INDEX_DEPTH: usize = 3;
 
@@ -87,6 +90,10 @@ impl Manifest {
     fn check(&self) -> Result<(), ManifestError> {
         if self.layers.len() > MAX_LAYERS {
             return Err(ManifestError::TooManyLayers { found: self.layers.len(), limit: MAX_LAYERS });
+        }
+        let total = self.layers.iter().fold(0, |total: u64, layer| total.saturating_add(layer.size));
+        if total > MAX_LAYER_BYTES {
+            return Err(ManifestError::LayersTooLarge { total, limit: MAX_LAYER_BYTES });
         }
         match self.layers.iter().find(|layer| !LAYER_TYPES.contains(&layer.media_type.as_str())) {
             Some(layer) => Err(ManifestError::LayerMediaType(layer.media_type.clone())),

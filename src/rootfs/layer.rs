@@ -80,6 +80,7 @@ impl<'a> Applier<'a> {
             hasher: Sha256::new(),
             left: Rc::clone(&self.bytes_left),
             limit: self.limits.archive_bytes,
+            abandoned: self.abandoned.clone(),
         };
         let mut reader = TarReader::new(BufReader::with_capacity(64 << 10, archive));
         while let Some(entry) = reader.next_entry().map_err(|kind| fail(None, kind))? {
@@ -99,9 +100,6 @@ impl<'a> Applier<'a> {
     }
 
     fn admit(&mut self) -> Result<(), LayerErrorKind> {
-        if self.abandoned.is_cancelled() {
-            return Err(LayerErrorKind::Abandoned);
-        }
         let limit = LayerErrorKind::Limit { what: "entries", limit: self.limits.entries };
         self.entries_left = self.entries_left.checked_sub(1).ok_or(limit)?;
         Ok(())
@@ -206,16 +204,20 @@ fn decompress(blob: File) -> io::Result<Box<dyn Read>> {
     Ok(Box::new(blob))
 }
 
-/// Hashes what passes, and stops a decompression bomb.
+/// Hashes what passes, and stops a decompression bomb and a build that nobody waits for.
 struct Metered<R> {
     input: R,
     hasher: Sha256,
     left: Rc<Cell<u64>>,
     limit: u64,
+    abandoned: CancellationToken,
 }
 
 impl<R: Read> Read for Metered<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.abandoned.is_cancelled() {
+            return Err(io::Error::other(LayerErrorKind::Abandoned));
+        }
         let count = self.input.read(buffer)?;
         let left = self.left.get().checked_sub(count as u64).ok_or_else(|| {
             io::Error::other(LayerErrorKind::Limit { what: "bytes in the layers' archives", limit: self.limit })

@@ -54,8 +54,8 @@ pub struct RootImage {
 ///
 /// # Cancel safety
 ///
-/// Dropping the future abandons the build at the next archive entry and removes what it has
-/// written.
+/// Dropping the future abandons the build at the next piece read of an archive and removes what it
+/// has written.
 ///
 /// # Examples
 ///

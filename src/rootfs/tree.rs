@@ -121,6 +121,8 @@ pub(super) struct Name {
 pub(super) struct Node {
     pub(super) meta: Meta,
     pub(super) kind: NodeKind,
+    /// The layer whose whiteouts have already removed from this folder what lower layers put there.
+    hidden_by: Option<u32>,
 }
 
 /// The tree. Its memory is charged against a limit, and never given back: what later layers hide
@@ -135,7 +137,7 @@ pub(super) struct Tree {
 impl Tree {
     /// A tree of an empty root folder, which may grow by `limit` bytes.
     pub(super) fn new(limit: u64) -> Self {
-        let root = Node { meta: Meta::implied_folder(), kind: NodeKind::Folder(BTreeMap::new()) };
+        let root = Node { meta: Meta::implied_folder(), kind: NodeKind::Folder(BTreeMap::new()), hidden_by: None };
         Self { nodes: vec![root], budget: limit, limit }
     }
 
@@ -187,7 +189,7 @@ impl Tree {
         self.charge(NODE_COST + text as u64 + xattr_cost(&meta))?;
         let id = NodeId::try_from(self.nodes.len());
         let id = id.map_err(|_| LayerErrorKind::Limit { what: "files", limit: u64::from(NodeId::MAX) })?;
-        self.nodes.push(Node { meta, kind });
+        self.nodes.push(Node { meta, kind, hidden_by: None });
         Ok(id)
     }
 
@@ -209,6 +211,11 @@ impl Tree {
     /// Removes from `folder` what lower layers put there, as an opaque whiteout does; what `layer`
     /// itself added stays, with the folders on the way to it.
     pub(super) fn hide_lower(&mut self, folder: NodeId, layer: u32) {
+        // A second time finds nothing to remove; without the mark, an archive of whiteouts for one full folder
+        // would cost the product of both.
+        if self.node_mut(folder).hidden_by.replace(layer) == Some(layer) {
+            return;
+        }
         let Some(names) = self.names_mut(folder) else { return };
         // Taken out and put back: the children are nodes of the same arena.
         let mut names = std::mem::take(names);

@@ -29,7 +29,7 @@ impl Archive {
         self.entry(name, S_IFDIR | mode, (0, 0), &[])
     }
 
-    /// Adds a file. Contents of 4 GiB or more do not fit the form and are cut by it, so do not.
+    /// Adds a file. Contents of 4 GiB or more do not fit the form.
     ///
     /// # Panics
     /// When `contents` is 4 GiB or longer.

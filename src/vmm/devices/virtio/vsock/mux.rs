@@ -276,6 +276,7 @@ impl Mux {
         if !connection.received.is_empty() || connection.phase != Phase::Open {
             // Bytes that nobody will read: a reset tells the guest so, as TCP does.
             connection.break_off(Closed::Reset);
+            connection.received = VecDeque::new();
         } else {
             connection.shut = shutdown::BOTH;
             connection.linger_until = Some(now + LINGER);
@@ -291,6 +292,10 @@ impl Mux {
     fn settle(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         if connection.is_over() {
+            // Or each attempt on a guest that takes no packets would leave its key behind.
+            if connection.queued {
+                self.ready.retain(|queued| *queued != key);
+            }
             self.connections.remove(&key);
         } else if !connection.queued && connection.wants_to_send() {
             connection.queued = true;

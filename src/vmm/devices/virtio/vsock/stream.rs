@@ -4,11 +4,12 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::coop;
 
 use super::mux::Key;
 use super::mux::Mux;
@@ -100,13 +101,24 @@ impl fmt::Debug for VsockStream {
 
 impl AsyncRead for VsockStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.shared.with(|mux| mux.poll_read(self.key, cx, into))
+        // A guest that always has more must not keep its reader's task from the deadlines beside it.
+        let coop = ready!(coop::poll_proceed(cx));
+        let read = self.shared.with(|mux| mux.poll_read(self.key, cx, into));
+        if read.is_ready() {
+            coop.made_progress();
+        }
+        read
     }
 }
 
 impl AsyncWrite for VsockStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.shared.with(|mux| mux.poll_write(self.key, cx, bytes))
+        let coop = ready!(coop::poll_proceed(cx));
+        let written = self.shared.with(|mux| mux.poll_write(self.key, cx, bytes));
+        if written.is_ready() {
+            coop.made_progress();
+        }
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -5,8 +5,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use tokio::io::ReadBuf;
+use tokio::io::{AsyncReadExt as _, ReadBuf};
 
+use super::Vsock;
 use super::connection::BUF_ALLOC;
 use super::connection::OUTGOING_MAX;
 use super::mux::GUEST_CID;
@@ -17,6 +18,7 @@ use super::packet::Header;
 use super::packet::TYPE_STREAM;
 use super::packet::op;
 use super::packet::shutdown;
+use crate::transport::Connector as _;
 
 const PORT: u32 = 1028;
 const GUEST_BUF: u32 = 100_000;
@@ -291,6 +293,48 @@ fn streams_take_turns() {
     let order: Vec<u32> = std::iter::from_fn(|| mux.poll_packet(PACKET, &mut payload)).map(|h| h.src_port).collect();
     let [a, b, c] = [keys[0].host, keys[1].host, keys[2].host];
     assert_eq!(order, [a, b, c, a, b, c, a, b, c]);
+}
+
+#[test]
+fn attempts_that_are_given_up_leave_nothing_for_a_guest_that_takes_nothing() {
+    let mut mux = Mux::new();
+    for _ in 0..10_000 {
+        let key = mux.connect(PORT).unwrap();
+        mux.release(key, Instant::now());
+    }
+    assert!(!mux.has_packets());
+}
+
+#[tokio::test]
+async fn a_guest_that_always_has_more_does_not_hold_the_readers_task() {
+    let (_device, connector, _doorbell) = Vsock::new();
+    let mut connecting = std::pin::pin!(connector.connect(PORT));
+    assert!(futures::poll!(connecting.as_mut()).is_pending());
+    {
+        let mut mux = connector.shared.lock();
+        let asked = mux.poll_packet(PACKET, &mut Vec::new()).unwrap();
+        let answer = |op| Header {
+            src_cid: GUEST_CID,
+            dst_cid: HOST_CID,
+            src_port: asked.dst_port,
+            dst_port: asked.src_port,
+            kind: TYPE_STREAM,
+            op,
+            ..Header::default()
+        };
+        mux.handle_packet(&answer(op::RESPONSE), &[]);
+        mux.handle_packet(&answer(op::RW), &[7; 50_000]);
+    }
+    let mut stream = connecting.await.unwrap();
+    let mut reads = 0;
+    tokio::task::yield_now().await;
+    let reading = async {
+        while stream.read_u8().await.is_ok() {
+            reads += 1;
+        }
+    };
+    assert!(futures::poll!(std::pin::pin!(reading)).is_pending());
+    assert!((1..1000).contains(&reads), "{reads} reads in one poll");
 }
 
 #[test]
