@@ -13,8 +13,8 @@ pub(in super::super) struct JumpEntry {
     block: u32,
 }
 
-/// Entries of the jump cache: 16 bytes each.
-pub(in super::super) const JUMP_ENTRIES: usize = 4096;
+/// Entries of the jump cache, 16 bytes each: about as many as a fork and exec run through different blocks.
+pub(in super::super) const JUMP_ENTRIES: usize = 16384;
 
 /// Blocks by linear address, direct-mapped.
 #[derive(Debug)]
