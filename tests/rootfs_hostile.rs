@@ -85,6 +85,24 @@ async fn links_in_circles() {
 }
 
 #[tokio::test]
+async fn long_chains_of_links_walked_again_and_again() {
+    // Every name goes through 39 links whose targets have 512 components each, 20,000 steps: a thousand names are too
+    // many, long before the archive is.
+    let mut tar = Tar::new().folder("d/");
+    let dots = "./".repeat(511);
+    for link in 0..39 {
+        let next = if link == 38 { "d".to_owned() } else { format!("l{}", link + 1) };
+        tar = tar.symlink(&format!("l{link}"), &format!("{dots}{next}"));
+    }
+    for name in 0..1000 {
+        tar = tar.file(&format!("l0/{name}"), b"");
+    }
+    let (kind, entry) = refused(tar).await;
+    assert!(matches!(kind, Kind::Limit { what: "components of link targets", .. }), "{kind:?}");
+    assert!(entry.is_some_and(|entry| entry.starts_with("l0/")));
+}
+
+#[tokio::test]
 async fn hard_links_to_nothing_to_a_folder_and_out() {
     let (kind, _) = refused(Tar::new().hard_link("a", "missing")).await;
     assert!(matches!(kind, Kind::HardLinkTarget(target) if target == "missing"));

@@ -35,6 +35,11 @@ pub(super) const MAX_DEPTH: usize = 2048;
 /// Links followed in one name: Linux's `MAXSYMLINKS`.
 pub(super) const MAX_SYMLINKS: usize = 40;
 
+/// Components of link targets walked in all of an image's names: some seconds of work. An image whose every
+/// name leads through `bin -> usr/bin` may have eight million of them; without a bound, a small archive of chained
+/// links would cost hours.
+pub(super) const MAX_LINK_STEPS: u64 = 16 << 20;
+
 /// Largest extension record of an archive (pax, GNU long name), in bytes: room for all attributes
 /// of a file at [`MAX_XATTR_BYTES`] with their framing.
 pub(super) const MAX_EXTENSION: u64 = 512 << 10;

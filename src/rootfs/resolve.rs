@@ -137,6 +137,7 @@ impl Walk {
                 if target.starts_with(b"/") {
                     self.stack.truncate(1);
                 }
+                tree.charge_link(target.split(|byte| *byte == b'/').count())?;
                 for component in target.rsplit(|byte| *byte == b'/') {
                     self.ahead.push_front(component.into());
                 }

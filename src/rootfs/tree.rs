@@ -4,10 +4,12 @@
 //! dropping a subtree is forgetting one name. Content is not here but in the image under
 //! construction, except for files so small that the filesystem keeps them beside their inode.
 
+use std::cell::Cell;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use crate::rootfs::error::LayerErrorKind;
+use crate::rootfs::limits::MAX_LINK_STEPS;
 
 /// Memory a node costs beside its texts, in bytes; only for [`Tree::charge`].
 const NODE_COST: u64 = 192;
@@ -132,13 +134,23 @@ pub(super) struct Tree {
     nodes: Vec<Node>,
     budget: u64,
     limit: u64,
+    /// What is left of [`MAX_LINK_STEPS`]; looking names up spends it.
+    link_steps: Cell<u64>,
 }
 
 impl Tree {
     /// A tree of an empty root folder, which may grow by `limit` bytes.
     pub(super) fn new(limit: u64) -> Self {
         let root = Node { meta: Meta::implied_folder(), kind: NodeKind::Folder(BTreeMap::new()), hidden_by: None };
-        Self { nodes: vec![root], budget: limit, limit }
+        Self { nodes: vec![root], budget: limit, limit, link_steps: Cell::new(MAX_LINK_STEPS) }
+    }
+
+    /// Pays for following a link whose target has `components`.
+    pub(super) fn charge_link(&self, components: usize) -> Result<(), LayerErrorKind> {
+        let left = self.link_steps.get().checked_sub(components as u64);
+        let left = left.ok_or(LayerErrorKind::Limit { what: "components of link targets", limit: MAX_LINK_STEPS })?;
+        self.link_steps.set(left);
+        Ok(())
     }
 
     pub(super) fn node(&self, id: NodeId) -> &Node {
