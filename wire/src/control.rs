@@ -1,4 +1,6 @@
 //! The JSON of the CONTROL frame: one action, one acknowledgement.
+//!
+//! The actions for which [`Control::opens_stream`] holds are followed, once acknowledged, by a byte stream in STDIN and STDOUT frames.
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +34,62 @@ pub enum Control {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         max_bytes: Option<u64>,
     },
+    /// Writes a piece of a file that is too long for one frame; nothing appears at `path` before the last piece.
+    WriteFileChunk {
+        /// Where, in the guest.
+        path: String,
+        /// Where the piece begins, in bytes; 0 starts afresh.
+        offset: u64,
+        /// The piece, in standard base64.
+        data_b64: String,
+        /// Whether the file is complete with it.
+        last: bool,
+        /// Tells one upload from another; a new one starts afresh.
+        token: String,
+        /// Permission bits, taken from the last piece; 0o644 when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mode: Option<u32>,
+    },
+    /// Reads a piece of a file.
+    ReadFileChunk {
+        /// Where, in the guest.
+        path: String,
+        /// Where the piece begins, in bytes.
+        offset: u64,
+        /// The most that the answer may hold, in bytes.
+        len: u64,
+        /// The largest file to accept, in bytes; any when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        max_bytes: Option<u64>,
+    },
+    /// Opens a regular file and streams its bytes to the host.
+    OpenRead {
+        /// Where, in the guest.
+        path: String,
+    },
+    /// Streams bytes from the host into a file, which appears whole when the host says end-of-file.
+    OpenWrite {
+        /// Where, in the guest.
+        path: String,
+        /// Permission bits; 0o644 when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mode: Option<u32>,
+    },
+    /// Connects to a TCP port on the guest's loopback interface and streams both ways.
+    Connect {
+        /// The port.
+        port: u16,
+    },
+    /// Streams a file or a folder with all that is in it to the host, as a tar archive.
+    Pack {
+        /// The file or folder, in the guest.
+        path: String,
+    },
+    /// Unpacks a tar archive that the host streams.
+    Unpack {
+        /// The folder to unpack into, in the guest; made if it is missing.
+        path: String,
+    },
     /// Sets the wall clock.
     SyncTime {
         /// Nanoseconds since the Unix epoch.
@@ -46,6 +104,29 @@ pub enum Control {
     Unknown,
 }
 
+impl Control {
+    /// Whether an acknowledgement of this action is followed by a stream.
+    #[must_use]
+    pub const fn opens_stream(&self) -> bool {
+        matches!(
+            self,
+            Self::OpenRead { .. }
+                | Self::OpenWrite { .. }
+                | Self::Connect { .. }
+                | Self::Pack { .. }
+                | Self::Unpack { .. }
+        )
+    }
+}
+
+/// What an agent can do beyond the first edition of the protocol, as `probe` reports it.
+pub mod feature {
+    /// It answers `started` in a REQUEST.
+    pub const STARTED: &str = "started";
+    /// It serves the actions that open a stream.
+    pub const STREAMS: &str = "streams";
+}
+
 /// The answer to a [`Control`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlAck {
@@ -54,15 +135,24 @@ pub struct ControlAck {
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why not, as Linux numbers its errors, where the system refused it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub errno: Option<i32>,
     /// Of `probe`: the protocol's version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u32>,
+    /// Of `probe`: what the agent can do beyond it, see [`feature`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub features: Vec<String>,
     /// Of `signal`: the process that it reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
-    /// Of `read_file`: the content, in standard base64.
+    /// Of `read_file` and `read_file_chunk`: the content, in standard base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_b64: Option<String>,
+    /// Of `read_file_chunk` and `open_read`: the file's size, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_len: Option<u64>,
 }
 
 impl ControlAck {

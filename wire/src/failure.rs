@@ -4,6 +4,7 @@
 //! also act on it. A text with an unknown head is an ordinary message, never an error of the protocol.
 
 use std::fmt;
+use std::io;
 
 /// Why a process was not started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,13 @@ pub enum Failure {
     UnknownUser(String),
     /// The request itself is malformed.
     BadRequest(String),
+    /// The guest's system refused it, with the number that Linux gives the error.
+    System {
+        /// Linux's number.
+        errno: i32,
+        /// What it concerned, and the system's words.
+        detail: String,
+    },
     /// Anything else.
     Other(String),
 }
@@ -28,6 +36,7 @@ const NOT_EXECUTABLE: &str = "not executable";
 const BAD_CWD: &str = "bad cwd";
 const UNKNOWN_USER: &str = "unknown user";
 const BAD_REQUEST: &str = "bad request";
+const ERRNO: &str = "errno ";
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,6 +46,7 @@ impl fmt::Display for Failure {
             Self::BadCwd(detail) => write!(f, "{BAD_CWD}: {detail}"),
             Self::UnknownUser(detail) => write!(f, "{UNKNOWN_USER}: {detail}"),
             Self::BadRequest(detail) => write!(f, "{BAD_REQUEST}: {detail}"),
+            Self::System { errno, detail } => write!(f, "{ERRNO}{errno}: {detail}"),
             Self::Other(text) => f.write_str(text),
         }
     }
@@ -51,6 +61,9 @@ impl Failure {
             return Self::Other(text.into_owned());
         };
         let detail = detail.to_owned();
+        if let Some(errno) = head.strip_prefix(ERRNO).and_then(|number| number.parse().ok()) {
+            return Self::System { errno, detail };
+        }
         match head {
             NOT_FOUND => Self::NotFound(detail),
             NOT_EXECUTABLE => Self::NotExecutable(detail),
@@ -59,5 +72,34 @@ impl Failure {
             BAD_REQUEST => Self::BadRequest(detail),
             _ => Self::Other(text.into_owned()),
         }
+    }
+}
+
+/// The kind of the error that Linux numbers `errno`; `Other` for one that has no kind of its own.
+///
+/// Written out, since the host may be another system that counts differently.
+#[must_use]
+pub const fn error_kind(errno: i32) -> io::ErrorKind {
+    match errno {
+        1 | 13 => io::ErrorKind::PermissionDenied,
+        2 => io::ErrorKind::NotFound,
+        11 => io::ErrorKind::WouldBlock,
+        12 => io::ErrorKind::OutOfMemory,
+        17 => io::ErrorKind::AlreadyExists,
+        20 => io::ErrorKind::NotADirectory,
+        21 => io::ErrorKind::IsADirectory,
+        22 => io::ErrorKind::InvalidInput,
+        27 => io::ErrorKind::FileTooLarge,
+        28 => io::ErrorKind::StorageFull,
+        30 => io::ErrorKind::ReadOnlyFilesystem,
+        32 => io::ErrorKind::BrokenPipe,
+        36 => io::ErrorKind::InvalidFilename,
+        39 => io::ErrorKind::DirectoryNotEmpty,
+        101 => io::ErrorKind::NetworkUnreachable,
+        104 => io::ErrorKind::ConnectionReset,
+        110 => io::ErrorKind::TimedOut,
+        111 => io::ErrorKind::ConnectionRefused,
+        113 => io::ErrorKind::HostUnreachable,
+        _ => io::ErrorKind::Other,
     }
 }

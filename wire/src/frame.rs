@@ -32,6 +32,8 @@ pub enum Kind {
     Exit,
     /// The process could not be started, or the session failed. Agent to host.
     Error,
+    /// The process runs, see [`crate::started::Started`]; only when REQUEST asked for it. Agent to host.
+    Started,
     /// One JSON action, or its acknowledgement. Both directions.
     Control,
     /// The JSON that starts a process. Host to agent.
@@ -52,6 +54,7 @@ impl Kind {
             Self::Signal => 0x04,
             Self::Exit => 0x05,
             Self::Error => 0x06,
+            Self::Started => 0x07,
             Self::Control => 0xfe,
             Self::Request => 0xff,
             Self::Unknown(byte) => byte,
@@ -69,6 +72,7 @@ impl Kind {
             0x04 => Self::Signal,
             0x05 => Self::Exit,
             0x06 => Self::Error,
+            0x07 => Self::Started,
             0xfe => Self::Control,
             0xff => Self::Request,
             other => Self::Unknown(other),

@@ -35,6 +35,9 @@ pub struct Request {
     /// Commands run after `argv`, stopping at the first non-zero exit.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chain: Vec<Vec<String>>,
+    /// Whether the agent says with a STARTED frame that `argv` runs. An agent that does not know the field says nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub started: bool,
 }
 
 /// A file written, atomically, before the process starts.

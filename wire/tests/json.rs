@@ -4,7 +4,9 @@ use kiln_wire::boot::GuestConfig;
 use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
 use kiln_wire::failure::Failure;
+use kiln_wire::failure::error_kind;
 use kiln_wire::request::Request;
+use kiln_wire::started::Started;
 
 #[test]
 fn a_request_needs_only_argv() {
@@ -31,6 +33,37 @@ fn an_acknowledgement_carries_only_what_it_has() {
 }
 
 #[test]
+fn actions_that_open_a_stream_are_told_apart() {
+    let parse = |json| serde_json::from_str::<Control>(json).expect("valid");
+    for json in [
+        r#"{"action":"open_read","path":"/a"}"#,
+        r#"{"action":"open_write","path":"/a","mode":420}"#,
+        r#"{"action":"connect","port":80}"#,
+        r#"{"action":"pack","path":"/a"}"#,
+        r#"{"action":"unpack","path":"/a"}"#,
+    ] {
+        assert!(parse(json).opens_stream(), "{json}");
+    }
+    for json in [r#"{"action":"probe"}"#, r#"{"action":"read_file","path":"/a"}"#, r#"{"action":"from_the_future"}"#] {
+        assert!(!parse(json).opens_stream(), "{json}");
+    }
+}
+
+#[test]
+fn linux_numbers_mean_the_kinds_that_they_mean_on_linux() {
+    for errno in [1, 2, 11, 12, 13, 17, 20, 21, 22, 28, 32, 39, 104, 110, 111] {
+        assert_eq!(error_kind(errno), std::io::Error::from_raw_os_error(errno).kind(), "{errno}");
+    }
+    assert_eq!(error_kind(-1), std::io::ErrorKind::Other);
+}
+
+#[test]
+fn a_start_carries_a_pid_and_nothing_else() {
+    assert_eq!(Started::decode(&Started { pid: 4711 }.encode()), Ok(Started { pid: 4711 }));
+    assert_eq!(Started::decode(&[0; 5]).expect_err("too long").len, 5);
+}
+
+#[test]
 fn failures_survive_the_wire_and_strangers_stay_text() {
     for failure in [
         Failure::NotFound("nope".to_owned()),
@@ -38,6 +71,8 @@ fn failures_survive_the_wire_and_strangers_stay_text() {
         Failure::BadCwd("/x: y".to_owned()),
         Failure::UnknownUser("bob".to_owned()),
         Failure::BadRequest("argv is empty".to_owned()),
+        Failure::System { errno: 28, detail: "/x: No space left on device".to_owned() },
+        Failure::Other("errno x: y".to_owned()),
         Failure::Other("out of memory".to_owned()),
         Failure::Other("strange: text".to_owned()),
     ] {
