@@ -52,7 +52,8 @@ pub mod vm;
 pub mod vmm;
 
 pub use error::Error;
-pub use exec::{ExecBuilder, ExecChild, ExecError, ExecOutcome, ExecStderr, ExecStdin, ExecStdout};
+pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExit, ExecOutcome, ExecSignaller};
+pub use exec::{ExecSocket, ExecStderr, ExecStdin, ExecStdout};
 pub use image::{Image, LayoutError, OciImageBuilder, PullError, PullPolicy};
 pub use rootfs::RootfsError;
 pub use vm::{ShutdownError, StartError, Vm, VmConfig};

@@ -9,6 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use kiln::exec::AgentInfo;
 use kiln::exec::ExecBuilder;
 use kiln::exec::ExecError;
 use kiln::exec::probe;
@@ -40,7 +41,7 @@ impl Connector for Once {
 /// A command, and the agent's end of its session.
 fn command() -> (ExecBuilder, DuplexStream) {
     let (host, agent) = tokio::io::duplex(1 << 20);
-    (ExecBuilder::new(Arc::new(Once(Mutex::new(Some(host))))).argv(["program"]), agent)
+    (ExecBuilder::over(Arc::new(Once(Mutex::new(Some(host))))).agent(AgentInfo::new(5)).argv(["program"]), agent)
 }
 
 /// Runs a command against an agent that says `script` and closes.
@@ -158,13 +159,13 @@ async fn connecting_has_a_deadline_of_its_own() {
             Box::pin(std::future::pending())
         }
     }
-    let error = ExecBuilder::new(Arc::new(Never)).argv(["program"]).spawn().await.expect_err("never");
+    let error = ExecBuilder::over(Arc::new(Never)).argv(["program"]).spawn().await.expect_err("never");
     assert!(matches!(error, ExecError::Timeout { .. }), "{error:?}");
     let before = Instant::now();
     let error = wait_ready(&Never, Duration::from_secs(5)).await.expect_err("never");
     assert!(matches!(error, ExecError::Timeout { .. }), "{error:?}");
     assert!(before.elapsed() <= Duration::from_secs(5));
-    let out = ExecBuilder::new(Arc::new(Never)).argv(["program"]).timeout(Duration::from_secs(1)).output().await;
+    let out = ExecBuilder::over(Arc::new(Never)).argv(["program"]).timeout(Duration::from_secs(1)).output().await;
     assert!(out.expect("an outcome").timed_out);
 }
 
@@ -194,7 +195,7 @@ async fn waiting_for_an_agent_outlasts_refusals() {
     agent.read_exact(&mut probe).await.expect("it tried again");
     agent.write_all(&[0xfe, 0, 0, 0, 24]).await.expect("room");
     agent.write_all(br#"{"ok":true,"protocol":5}"#).await.expect("room");
-    assert_eq!(waiting.await.expect("no panic").expect("answers"), 5);
+    assert_eq!(waiting.await.expect("no panic").expect("answers").protocol, 5);
 }
 
 #[tokio::test]
@@ -202,7 +203,7 @@ async fn a_deadline_beyond_the_clock_is_none() {
     let (host, mut agent) = tokio::io::duplex(1 << 10);
     agent.write_all(&[0xfe, 0, 0, 0, 24]).await.expect("room");
     agent.write_all(br#"{"ok":true,"protocol":5}"#).await.expect("room");
-    assert_eq!(wait_ready(&Once(Mutex::new(Some(host))), Duration::MAX).await.expect("answers"), 5);
+    assert_eq!(wait_ready(&Once(Mutex::new(Some(host))), Duration::MAX).await.expect("answers").protocol, 5);
 }
 
 /// A stream that always has one more empty STDOUT frame, and takes whatever is written.
@@ -248,7 +249,7 @@ fn a_flood_does_not_outrun_the_timeout() {
     let (sender, outcome) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let command = ExecBuilder::new(Arc::new(Flood { at: 0 })).argv(["program"]).timeout(Duration::from_millis(50));
+        let command = ExecBuilder::over(Arc::new(Flood { at: 0 })).argv(["program"]).timeout(Duration::from_millis(50));
         sender.send(runtime.block_on(command.output()))
     });
     let outcome = outcome.recv_timeout(Duration::from_secs(20)).expect("the timeout comes").expect("an outcome");

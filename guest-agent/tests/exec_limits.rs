@@ -60,7 +60,7 @@ async fn a_timeout_holds_when_nobody_ever_answers() {
     let path = folder.path().join("silent.sock");
     let _listener = UnixListener::bind(&path).expect("binds");
     let before = Instant::now();
-    let out = ExecBuilder::unix(&path).argv(["true"]).timeout(SHORT).output().await.expect("an outcome");
+    let out = ExecBuilder::new(&path).argv(["true"]).timeout(SHORT).output().await.expect("an outcome");
     assert!(out.timed_out);
     assert!(before.elapsed() < SHORT + AFTER_DEADLINE, "{:?}", before.elapsed());
     let error = probe(&kiln::exec::UnixConnector::new(&path), SHORT).await.expect_err("silence");

@@ -64,7 +64,7 @@ fn exit_code(frames: &[Frame]) -> Option<u32> {
 #[tokio::test]
 async fn probe_tells_the_protocol() {
     let agent = Agent::start().await;
-    assert_eq!(probe(&*agent.connector(), PATIENCE).await.expect("answers"), kiln_wire::PROTOCOL);
+    assert_eq!(probe(&*agent.connector(), PATIENCE).await.expect("answers").protocol, kiln_wire::PROTOCOL);
     let acks = session(&agent, &[Frame::new(Kind::Control, &b"{\"action\":\"probe\"}"[..])]);
     assert_eq!(acks, [Frame::new(Kind::Control, &b"{\"ok\":true,\"protocol\":5}"[..])]);
 }

@@ -5,38 +5,33 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use kiln_wire::AGENT_PORT;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use kiln_wire::exit::Exit;
 use kiln_wire::frame::Frame;
 use kiln_wire::frame::Kind;
 use kiln_wire::request::Request;
-use tokio::io::AsyncWriteExt;
-use tokio::sync::mpsc;
-use tokio::sync::watch;
+use kiln_wire::request::StageFile;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
+use crate::exec::AgentInfo;
 use crate::exec::ExecChild;
 use crate::exec::ExecError;
 use crate::exec::ExecOutcome;
-use crate::exec::ExecStderr;
-use crate::exec::ExecStdin;
-use crate::exec::ExecStdout;
 use crate::exec::UnixConnector;
-use crate::exec::driver::Driver;
-use crate::exec::driver::Ended;
+use crate::exec::driver::Mode;
 use crate::exec::driver::SIGKILL;
-use crate::exec::lanes::Lanes;
+use crate::exec::link::Link;
+use crate::exec::session;
+use crate::exec::session::Ended;
+use crate::exec::session::Session;
 use crate::transport::Connector;
-use crate::transport::GuestStream;
 
 /// How long connecting and sending the request may take, unless the timeout is shorter (10 s).
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Signals and resizes that may wait for the driver.
-const MESSAGES: usize = 16;
+/// How long the agent may take from the request to its word that the process runs (30 s): a guest whose memory is used up may page for a while.
+const START_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A command to run in a guest, like `tokio::process::Command`.
 ///
@@ -45,7 +40,7 @@ const MESSAGES: usize = 16;
 /// use std::time::Duration;
 /// use kiln::exec::ExecBuilder;
 ///
-/// let out = ExecBuilder::unix("/run/vm-exec.sock")
+/// let out = ExecBuilder::new("/run/vm-exec.sock")
 ///     .argv(["sh", "-c", "echo hi; exit 7"])
 ///     .timeout(Duration::from_secs(30))
 ///     .output()
@@ -58,21 +53,33 @@ const MESSAGES: usize = 16;
 #[derive(Clone, Debug)]
 #[must_use = "a command does nothing until it is spawned"]
 pub struct ExecBuilder {
-    connector: Arc<dyn Connector>,
+    link: Link,
     request: Request,
     timeout: Option<Duration>,
     kill_on_drop: bool,
 }
 
 impl ExecBuilder {
-    /// A command for the agent behind `connector`.
-    pub fn new(connector: Arc<dyn Connector>) -> Self {
-        Self { connector, request: Request::default(), timeout: None, kill_on_drop: true }
+    /// A command for the agent behind the Unix socket at `path`: a VM's ([`ExecSocket`](crate::exec::ExecSocket)), or
+    /// `kiln-agent --unix PATH`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self::over(Arc::new(UnixConnector::new(path)))
     }
 
-    /// A command for the agent behind the Unix socket at `path`.
-    pub fn unix(path: impl Into<PathBuf>) -> Self {
-        Self::new(Arc::new(UnixConnector::new(path)))
+    /// A command for the agent behind `connector`.
+    pub fn over(connector: Arc<dyn Connector>) -> Self {
+        Self::for_link(Link::new(connector))
+    }
+
+    pub(crate) fn for_link(link: Link) -> Self {
+        Self { link, request: Request::default(), timeout: None, kill_on_drop: true }
+    }
+
+    /// What the agent can do, where that is known: else the first [`spawn`](Self::spawn) of this builder or its clones asks the agent
+    /// with a connection of its own.
+    pub fn agent(mut self, info: AgentInfo) -> Self {
+        self.link = self.link.knowing(info);
+        self
     }
 
     /// The program and its arguments, replacing earlier ones. A program without `/` is looked for in the guest's PATH.
@@ -111,6 +118,32 @@ impl ExecBuilder {
         self
     }
 
+    /// Has the agent write a file before the command runs: at once under its name, with mode 0644, owned by root, in a folder that exists.
+    ///
+    /// The files and the rest of the request together may have about 12 MiB;
+    /// [`Vm::write_file`](crate::vm::Vm::write_file) takes any size.
+    pub fn stage_file(self, path: impl Into<String>, content: impl AsRef<[u8]>) -> Self {
+        self.stage(path.into(), content.as_ref(), None)
+    }
+
+    /// As [`stage_file`](Self::stage_file), with permission bits.
+    pub fn stage_file_mode(self, path: impl Into<String>, content: impl AsRef<[u8]>, mode: u32) -> Self {
+        self.stage(path.into(), content.as_ref(), Some(mode))
+    }
+
+    fn stage(mut self, path: String, content: &[u8], mode: Option<u32>) -> Self {
+        self.request.stage_files.push(StageFile { path, data_b64: STANDARD.encode(content), mode });
+        self
+    }
+
+    /// Adds a command to run after `argv`, and after those added before, if the one before it exited with 0: `&&` without a shell.
+    ///
+    /// All of them share the standard streams; how the last one that ran ended is how the whole ended.
+    pub fn chain<S: Into<String>>(mut self, argv: impl IntoIterator<Item = S>) -> Self {
+        self.request.chain.push(argv.into_iter().map(Into::into).collect());
+        self
+    }
+
     /// Kills the process group with SIGKILL when it has not ended this long after `spawn` began.
     ///
     /// Whatever waits returns within 250 ms of the deadline, even when the guest is dead.
@@ -125,19 +158,31 @@ impl ExecBuilder {
         self
     }
 
-    /// Starts the command.
+    /// Starts the command and waits until the agent says that it runs.
     ///
-    /// The protocol does not confirm a start: a program that does not exist shows as [`ExecError::NotFound`] when the child is
-    /// waited for, not here. Must be called in a tokio runtime.
+    /// An agent that cannot say so (see [`AgentInfo::tells_starts`]) is not waited for: a program that does not exist then shows when the
+    /// child is waited for. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// [`ExecError::BadRequest`] without a program or with a request over 16 MiB; [`ExecError::Connect`], [`ExecError::AgentGone`]
-    /// or [`ExecError::Timeout`] when the agent cannot be reached.
+    /// Why it could not be started: [`ExecError::NotFound`], [`ExecError::NotExecutable`], [`ExecError::BadCwd`],
+    /// [`ExecError::UnknownUser`], [`ExecError::BadRequest`] (no program, or a request over 16 MiB), [`ExecError::System`],
+    /// [`ExecError::Refused`]; or why the agent cannot be reached: [`ExecError::Connect`], [`ExecError::AgentGone`],
+    /// [`ExecError::Protocol`], [`ExecError::Timeout`].
     ///
     /// # Cancel safety
     /// Cancelled, the connection is closed; a process that had already been started is killed by the agent.
-    pub async fn spawn(self) -> Result<ExecChild, ExecError> {
-        self.start(true).await
+    pub async fn spawn(mut self) -> Result<ExecChild, ExecError> {
+        let started = Instant::now();
+        self.request.started = self.link.tells_starts(self.connect_patience()).await?;
+        let confirmed = self.request.started;
+        let kill_on_drop = self.kill_on_drop;
+        let mut session = self.start(started, true).await?;
+        if confirmed {
+            // With a timeout the session ends by itself, as one that timed out.
+            let begun = tokio::time::timeout(START_DEADLINE, session.state.started()).await;
+            begun.unwrap_or(Err(ExecError::Timeout { after: START_DEADLINE }))?;
+        }
+        Ok(ExecChild::new(session, kill_on_drop))
     }
 
     /// Runs the command without input and collects what it prints.
@@ -153,8 +198,8 @@ impl ExecBuilder {
     pub async fn output(self) -> Result<ExecOutcome, ExecError> {
         let started = Instant::now();
         let timeout = self.timeout;
-        match self.start(false).await {
-            Ok(child) => child.wait_with_output().await,
+        match self.start(started, false).await {
+            Ok(session) => ExecChild::new(session, true).wait_with_output().await,
             Err(error) => timed_out_before_start(timeout, started, error),
         }
     }
@@ -169,8 +214,9 @@ impl ExecBuilder {
     pub async fn status(self) -> Result<ExitStatus, ExecError> {
         let started = Instant::now();
         let timeout = self.timeout;
-        match self.start(false).await {
-            Ok(mut child) => {
+        match self.start(started, false).await {
+            Ok(session) => {
+                let mut child = ExecChild::new(session, true);
                 drop((child.stdout.take(), child.stderr.take()));
                 child.wait().await
             }
@@ -178,67 +224,27 @@ impl ExecBuilder {
         }
     }
 
-    async fn start(self, with_stdin: bool) -> Result<ExecChild, ExecError> {
-        let started = Instant::now();
-        let opening = self.opening(with_stdin)?;
-        let patience = self.timeout.map_or(CONNECT_DEADLINE, |timeout| timeout.min(CONNECT_DEADLINE));
-        let stream = tokio::time::timeout(patience, open(&*self.connector, &opening))
-            .await
-            .unwrap_or(Err(ExecError::Timeout { after: patience }))?;
-        let lanes = Arc::new(Lanes::default());
-        let (stdin, pieces) = if with_stdin { Some(ExecStdin::new()).unzip() } else { (None, None) };
-        let (messages, message_queue) = mpsc::channel(MESSAGES);
-        let (result_sender, result) = watch::channel(None);
-        let kill = CancellationToken::new();
-        let driver = Driver {
-            stream,
-            lanes: Arc::clone(&lanes),
-            stdin: pieces,
-            messages: message_queue,
-            kill: kill.clone(),
-            started,
-            // A timeout beyond what the clock can express never comes.
-            deadline: self.timeout.and_then(|timeout| started.checked_add(timeout)),
-            result: result_sender,
-        };
-        let task = tokio::spawn(driver.run());
-        let driver = self.kill_on_drop.then(|| AbortOnDropHandle::new(task));
-        Ok(ExecChild {
-            stdin,
-            stdout: Some(ExecStdout::new(Arc::clone(&lanes))),
-            stderr: Some(ExecStderr::new(Arc::clone(&lanes))),
-            lanes,
-            result,
-            messages,
-            kill,
-            _driver: driver,
-        })
+    fn connect_patience(&self) -> Duration {
+        self.timeout.map_or(CONNECT_DEADLINE, |timeout| timeout.min(CONNECT_DEADLINE))
     }
 
-    /// The first bytes of the session: REQUEST, and the end of the input when there is none.
-    fn opening(&self, with_stdin: bool) -> Result<BytesMut, ExecError> {
-        let bad = |detail: String| ExecError::BadRequest { detail };
+    async fn start(self, started: Instant, with_stdin: bool) -> Result<Session, ExecError> {
         if self.request.argv.is_empty() {
-            return Err(bad("no program given".to_owned()));
+            return Err(ExecError::BadRequest { detail: "no program given".to_owned() });
         }
-        let json = serde_json::to_vec(&self.request).map_err(|error| bad(error.to_string()))?;
-        let mut bytes = BytesMut::new();
-        let encoded = Frame::new(Kind::Request, json).encode(&mut bytes);
-        encoded.map_err(|error| bad(error.to_string()))?;
+        let mut opening = session::opening(Kind::Request, &self.request)?;
         if !with_stdin {
-            Frame::new(Kind::Stdin, &b""[..]).encode(&mut bytes).map_err(|error| bad(error.to_string()))?;
+            let end_of_file = Frame::new(Kind::Stdin, &b""[..]).encode(&mut opening);
+            end_of_file.map_err(|error| ExecError::BadRequest { detail: error.to_string() })?;
         }
-        Ok(bytes)
+        let patience = self.connect_patience().saturating_sub(started.elapsed());
+        let stream = session::connect(self.link.connector(), &opening, patience).await;
+        let stream = stream.map_err(|error| match error {
+            ExecError::Timeout { .. } => ExecError::Timeout { after: self.connect_patience() },
+            other => other,
+        })?;
+        Ok(Session::new(stream, Mode::Process, with_stdin, started, self.timeout))
     }
-}
-
-/// Connects to the agent and sends the first bytes of a session.
-pub(crate) async fn open(connector: &dyn Connector, opening: &[u8]) -> Result<Box<dyn GuestStream>, ExecError> {
-    let connected = connector.connect(AGENT_PORT).await;
-    let mut stream = connected.map_err(|error| ExecError::Connect(Arc::new(error)))?;
-    stream.write_all(opening).await.map_err(ExecError::gone)?;
-    stream.flush().await.map_err(ExecError::gone)?;
-    Ok(stream)
 }
 
 /// A command whose timeout passed while the agent was not reachable timed out like any other.

@@ -4,19 +4,18 @@ use std::time::Duration;
 use std::time::SystemTime;
 use std::time::UNIX_EPOCH;
 
-use bytes::BytesMut;
 use futures::StreamExt;
 use kiln_wire::codec::FrameCodec;
 use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
+use kiln_wire::control::feature;
 use kiln_wire::failure::Failure;
-use kiln_wire::frame::Frame;
 use kiln_wire::frame::Kind;
 use tokio::time::Instant;
 use tokio_util::codec::FramedRead;
 
 use crate::exec::ExecError;
-use crate::exec::builder;
+use crate::exec::session;
 use crate::transport::Connector;
 
 /// How long one probe of a booting guest may take before it is tried again.
@@ -25,7 +24,27 @@ const PROBE_ATTEMPT: Duration = Duration::from_secs(1);
 /// Between two probes of a booting guest.
 const PROBE_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Asks the agent which protocol it speaks.
+/// What an agent says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AgentInfo {
+    /// The version of the protocol's table of frames and actions.
+    pub protocol: u32,
+    /// Whether it says when a process has started.
+    pub tells_starts: bool,
+    /// Whether it serves streams: files, trees and TCP connections.
+    pub serves_streams: bool,
+}
+
+impl AgentInfo {
+    /// An agent that speaks `protocol` and has nothing beyond it.
+    #[must_use]
+    pub const fn new(protocol: u32) -> Self {
+        Self { protocol, tells_starts: false, serves_streams: false }
+    }
+}
+
+/// Asks the agent which protocol it speaks and what it can do.
 ///
 /// # Errors
 /// [`ExecError::Connect`], [`ExecError::AgentGone`] or [`ExecError::Timeout`] when it does not answer within `deadline`;
@@ -33,19 +52,22 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(5);
 ///
 /// # Cancel safety
 /// Cancel safe.
-pub async fn probe(connector: &dyn Connector, deadline: Duration) -> Result<u32, ExecError> {
+pub async fn probe(connector: &dyn Connector, deadline: Duration) -> Result<AgentInfo, ExecError> {
     let ack = control(connector, &Control::Probe, deadline).await?;
-    ack.protocol.ok_or_else(|| ExecError::Protocol { detail: "probe answered without a version".to_owned() })
+    let no_version = || ExecError::Protocol { detail: "probe answered without a version".to_owned() };
+    let protocol = ack.protocol.ok_or_else(no_version)?;
+    let has = |feature| ack.features.iter().any(|found| found == feature);
+    Ok(AgentInfo { protocol, tells_starts: has(feature::STARTED), serves_streams: has(feature::STREAMS) })
 }
 
-/// Probes until the agent answers, as it will once the guest has booted, and returns the protocol it speaks.
+/// Probes until the agent answers, as it will once the guest has booted.
 ///
 /// # Errors
 /// [`ExecError::Timeout`] when nothing answered within `deadline`; [`ExecError::Protocol`] at once when what answers is no agent.
 ///
 /// # Cancel safety
 /// Cancel safe.
-pub async fn wait_ready(connector: &dyn Connector, deadline: Duration) -> Result<u32, ExecError> {
+pub async fn wait_ready(connector: &dyn Connector, deadline: Duration) -> Result<AgentInfo, ExecError> {
     // A deadline beyond what the clock can express never comes.
     let end = Instant::now().checked_add(deadline);
     loop {
@@ -74,31 +96,37 @@ pub async fn sync_time(connector: &dyn Connector, deadline: Duration) -> Result<
     control(connector, &Control::SyncTime { host_unix_ns }, deadline).await.map(|_| ())
 }
 
-/// Has the agent do `action`.
+/// Has the agent do `action`, which is none of those that open a stream.
 ///
 /// # Errors
-/// [`ExecError::Refused`] when it did not do it; [`ExecError::Connect`], [`ExecError::AgentGone`] or [`ExecError::Timeout`] when it
+/// [`ExecError::System`] when the guest's system refused it, [`ExecError::Refused`] when the agent did; [`ExecError::Connect`], [`ExecError::AgentGone`] or [`ExecError::Timeout`] when it
 /// does not answer within `deadline`; [`ExecError::Protocol`] when the answer makes no sense.
 ///
 /// # Cancel safety
 /// Cancelled, the action was done or not.
 pub async fn control(connector: &dyn Connector, action: &Control, deadline: Duration) -> Result<ControlAck, ExecError> {
-    let bad = |detail: String| ExecError::BadRequest { detail };
-    let json = serde_json::to_vec(action).map_err(|error| bad(error.to_string()))?;
-    let mut opening = BytesMut::new();
-    Frame::new(Kind::Control, json).encode(&mut opening).map_err(|error| bad(error.to_string()))?;
-    let answer = tokio::time::timeout(deadline, exchange(connector, &opening)).await;
-    let ack = answer.unwrap_or(Err(ExecError::Timeout { after: deadline }))?;
-    match ack {
-        ControlAck { ok: true, .. } => Ok(ack),
-        ControlAck { error, .. } => {
-            Err(ExecError::Refused { text: error.unwrap_or_else(|| "no reason given".to_owned()) })
-        }
+    if action.opens_stream() {
+        return Err(ExecError::BadRequest { detail: "the action opens a stream".to_owned() });
     }
+    let answer = tokio::time::timeout(deadline, exchange(connector, action, deadline)).await;
+    accepted(answer.unwrap_or(Err(ExecError::Timeout { after: deadline }))?)
 }
 
-async fn exchange(connector: &dyn Connector, opening: &[u8]) -> Result<ControlAck, ExecError> {
-    let stream = builder::open(connector, opening).await?;
+/// An acknowledgement that is one, or why the action was refused.
+pub(crate) fn accepted(ack: ControlAck) -> Result<ControlAck, ExecError> {
+    if ack.ok {
+        return Ok(ack);
+    }
+    let text = ack.error.unwrap_or_else(|| "no reason given".to_owned());
+    Err(match ack.errno {
+        Some(errno) => ExecError::System { errno, detail: text },
+        None => ExecError::Refused { text },
+    })
+}
+
+async fn exchange(connector: &dyn Connector, action: &Control, patience: Duration) -> Result<ControlAck, ExecError> {
+    let opening = session::opening(Kind::Control, action)?;
+    let stream = session::connect(connector, &opening, patience).await?;
     let mut frames = FramedRead::new(stream, FrameCodec::streaming());
     let frame = frames.next().await.ok_or_else(ExecError::hung_up)?.map_err(ExecError::gone)?;
     match frame.kind {

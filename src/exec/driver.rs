@@ -11,10 +11,12 @@ use bytes::Bytes;
 use futures::SinkExt;
 use futures::StreamExt;
 use kiln_wire::codec::FrameCodec;
+use kiln_wire::control::ControlAck;
 use kiln_wire::exit::Exit;
 use kiln_wire::failure::Failure;
 use kiln_wire::frame::Frame;
 use kiln_wire::frame::Kind;
+use kiln_wire::started::Started;
 use tokio::io::ReadHalf;
 use tokio::io::WriteHalf;
 use tokio::sync::mpsc;
@@ -26,8 +28,12 @@ use tokio_util::codec::FramedWrite;
 use tokio_util::sync::CancellationToken;
 
 use crate::exec::ExecError;
+use crate::exec::control;
 use crate::exec::lanes::Lane;
 use crate::exec::lanes::Lanes;
+use crate::exec::session::Ended;
+use crate::exec::session::Start;
+use crate::exec::session::State;
 use crate::transport::GuestStream;
 
 /// Bytes read from the stream at once (64 KiB).
@@ -45,15 +51,14 @@ const CODE_KILLED: u32 = 128 + SIGKILL as u32;
 /// SIGKILL, the same number on every Linux.
 pub(crate) const SIGKILL: u8 = 9;
 
-/// How a session ended.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Ended {
-    pub(crate) exit: Exit,
-    pub(crate) timed_out: bool,
-    pub(crate) duration: Duration,
+/// What kind of session it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// A process, opened by REQUEST.
+    Process,
+    /// A stream, opened by CONTROL: an acknowledgement comes first, and an empty STDOUT frame is the guest's end-of-file.
+    Stream,
 }
-
-pub(crate) type SessionResult = Result<Ended, ExecError>;
 
 /// What goes to the agent between the bytes of standard input.
 #[derive(Clone, Copy, Debug)]
@@ -77,10 +82,11 @@ impl Message {
     }
 }
 
-/// A session whose REQUEST is sent.
+/// A session whose first frame is sent.
 #[derive(Debug)]
 pub(crate) struct Driver {
     pub(crate) stream: Box<dyn GuestStream>,
+    pub(crate) mode: Mode,
     pub(crate) lanes: Arc<Lanes>,
     /// `None` when the end-of-file is sent already.
     pub(crate) stdin: Option<mpsc::Receiver<Bytes>>,
@@ -88,7 +94,7 @@ pub(crate) struct Driver {
     pub(crate) kill: CancellationToken,
     pub(crate) started: Instant,
     pub(crate) deadline: Option<Instant>,
-    pub(crate) result: watch::Sender<Option<SessionResult>>,
+    pub(crate) state: watch::Sender<State>,
 }
 
 /// Tells the readers when the driver goes away without an end, because it was aborted.
@@ -104,21 +110,22 @@ impl Driver {
     /// Drives the session to its end and publishes it.
     pub(crate) async fn run(self) {
         let guard = EndGuard(Arc::clone(&self.lanes));
-        let result = self.result.clone();
+        let state = self.state.clone();
         let started = self.started;
         let ended =
             self.session().await.map(|(exit, timed_out)| Ended { exit, timed_out, duration: started.elapsed() });
         tracing::debug!(?ended, "exec session ended");
         guard.0.end(ended.as_ref().map(|_| ()).map_err(Clone::clone));
-        result.send_replace(Some(ended));
+        state.send_modify(|state| state.ended = Some(ended));
     }
 
     /// The exit, and whether the deadline passed before it.
     async fn session(self) -> Result<(Exit, bool), ExecError> {
-        let Self { stream, lanes, stdin, messages, kill, deadline, .. } = self;
+        let Self { stream, mode, lanes, stdin, messages, kill, deadline, state, .. } = self;
         let (read, write) = tokio::io::split(stream);
         let frames = FramedRead::with_capacity(read, FrameCodec::streaming(), READ_BUFFER);
-        let reader = read_frames(frames, &lanes);
+        let reader = Reader { mode, lanes: &lanes, state: &state, begun: false };
+        let reader = reader.run(frames);
         let sink = FramedWrite::new(write, FrameCodec::streaming());
         let writer = write_frames(sink, stdin, messages, &kill);
         tokio::pin!(reader, writer);
@@ -163,26 +170,76 @@ async fn sleep_until(when: Option<Instant>) {
     }
 }
 
-async fn read_frames(
-    mut frames: FramedRead<ReadHalf<Box<dyn GuestStream>>, FrameCodec>,
-    lanes: &Lanes,
-) -> Result<Exit, ExecError> {
-    while let Some(frame) = frames.next().await {
-        // The stream may never say "not ready", and neither may the lanes: the deadlines need their turn.
-        coop::consume_budget().await;
-        let Frame { kind, payload } = frame.map_err(ExecError::gone)?;
-        match kind {
-            Kind::Stdout => lanes.push(Lane::Stdout, &payload).await,
-            Kind::Stderr => lanes.push(Lane::Stderr, &payload).await,
-            Kind::Exit => {
-                return Exit::decode(&payload).map_err(|error| ExecError::Protocol { detail: error.to_string() });
+/// What becomes of the agent's frames.
+struct Reader<'a> {
+    mode: Mode,
+    lanes: &'a Lanes,
+    state: &'a watch::Sender<State>,
+    /// Whether the agent's beginning was told.
+    begun: bool,
+}
+
+impl Reader<'_> {
+    async fn run(
+        mut self,
+        mut frames: FramedRead<ReadHalf<Box<dyn GuestStream>>, FrameCodec>,
+    ) -> Result<Exit, ExecError> {
+        while let Some(frame) = frames.next().await {
+            // The stream may never say "not ready", and neither may the lanes: the deadlines need their turn.
+            coop::consume_budget().await;
+            if let Some(exit) = self.frame(frame.map_err(ExecError::gone)?).await? {
+                return Ok(exit);
             }
+        }
+        Err(ExecError::hung_up())
+    }
+
+    /// Takes one frame; the exit when it is the last.
+    async fn frame(&mut self, Frame { kind, payload }: Frame) -> Result<Option<Exit>, ExecError> {
+        let protocol = |detail: String| ExecError::Protocol { detail };
+        match kind {
             Kind::Error => return Err(Failure::decode(&payload).into()),
-            Kind::Unknown(_) => {}
-            other => return Err(ExecError::Protocol { detail: format!("unexpected {other:?} frame") }),
+            Kind::Unknown(_) => return Ok(None),
+            Kind::Control if self.mode == Mode::Stream && !self.begun => {
+                self.begin(acknowledged(&payload)?);
+                return Ok(None);
+            }
+            Kind::Started if self.mode == Mode::Process => {
+                let Started { pid } = Started::decode(&payload).map_err(|error| protocol(error.to_string()))?;
+                self.begin(Start { pid: Some(pid), ..Start::default() });
+                return Ok(None);
+            }
+            _ if self.mode == Mode::Stream && !self.begun => {
+                return Err(protocol(format!("{kind:?} frame before the acknowledgement")));
+            }
+            // An agent that has output to send has begun, whether or not it says so.
+            _ => self.begin(Start::default()),
+        }
+        match kind {
+            Kind::Stdout if payload.is_empty() && self.mode == Mode::Stream => self.lanes.finish(Lane::Stdout),
+            Kind::Stdout => self.lanes.push(Lane::Stdout, &payload).await,
+            Kind::Stderr => self.lanes.push(Lane::Stderr, &payload).await,
+            Kind::Exit => return Exit::decode(&payload).map(Some).map_err(|error| protocol(error.to_string())),
+            other => return Err(protocol(format!("unexpected {other:?} frame"))),
+        }
+        Ok(None)
+    }
+
+    /// Tells the handles that the agent has begun, the first time.
+    fn begin(&mut self, start: Start) {
+        if !self.begun {
+            self.begun = true;
+            self.state.send_modify(|state| state.start = Some(start));
         }
     }
-    Err(ExecError::hung_up())
+}
+
+/// What the acknowledgement of a stream says.
+fn acknowledged(json: &[u8]) -> Result<Start, ExecError> {
+    let ack: ControlAck =
+        serde_json::from_slice(json).map_err(|error| ExecError::Protocol { detail: error.to_string() })?;
+    let ack = control::accepted(ack)?;
+    Ok(Start { total_len: ack.total_len, ..Start::default() })
 }
 
 /// Writes until the stream fails; ends early only then.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_wire::failure::Failure;
+use kiln_wire::failure::error_kind;
 use thiserror::Error;
 
 /// Why a command did not run, or why its end is not known.
@@ -50,6 +51,20 @@ pub enum ExecError {
         /// The agent's own words.
         text: String,
     },
+    /// The guest's system refused it.
+    #[error("refused by the guest's system: {detail}")]
+    System {
+        /// The number that Linux gives the error; [`ExecError::kind`] has its meaning.
+        errno: i32,
+        /// What it concerned, and the system's words.
+        detail: String,
+    },
+    /// Output was dropped because nobody read it; [`crate::exec`] says when that happens.
+    #[error("{bytes} bytes of output were dropped because nobody read them")]
+    OutputLost {
+        /// How many, at least.
+        bytes: u64,
+    },
     /// The agent cannot be reached.
     #[error("agent not reachable")]
     Connect(#[source] Arc<io::Error>),
@@ -77,6 +92,23 @@ pub enum ExecError {
 }
 
 impl ExecError {
+    /// What an I/O error of this cause is called.
+    #[must_use]
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::NotFound { .. } => io::ErrorKind::NotFound,
+            Self::NotExecutable { .. } => io::ErrorKind::PermissionDenied,
+            Self::BadCwd { .. } => io::ErrorKind::NotADirectory,
+            Self::UnknownUser { .. } | Self::BadRequest { .. } | Self::Ended => io::ErrorKind::InvalidInput,
+            Self::System { errno, .. } => error_kind(*errno),
+            Self::Connect(source) | Self::AgentGone(source) => source.kind(),
+            Self::Protocol { .. } => io::ErrorKind::InvalidData,
+            Self::Timeout { .. } => io::ErrorKind::TimedOut,
+            Self::Dropped => io::ErrorKind::BrokenPipe,
+            Self::Refused { .. } | Self::OutputLost { .. } => io::ErrorKind::Other,
+        }
+    }
+
     /// The agent went away without an error of the transport.
     pub(crate) fn hung_up() -> Self {
         Self::gone(io::ErrorKind::UnexpectedEof.into())
@@ -99,6 +131,7 @@ impl From<Failure> for ExecError {
             Failure::BadCwd(detail) => Self::BadCwd { detail },
             Failure::UnknownUser(user) => Self::UnknownUser { user },
             Failure::BadRequest(detail) => Self::BadRequest { detail },
+            Failure::System { errno, detail } => Self::System { errno, detail },
             other => Self::Refused { text: other.to_string() },
         }
     }
@@ -106,19 +139,6 @@ impl From<Failure> for ExecError {
 
 impl From<ExecError> for io::Error {
     fn from(error: ExecError) -> Self {
-        let kind = match &error {
-            ExecError::NotFound { .. } => io::ErrorKind::NotFound,
-            ExecError::NotExecutable { .. } => io::ErrorKind::PermissionDenied,
-            ExecError::BadCwd { .. } => io::ErrorKind::NotADirectory,
-            ExecError::UnknownUser { .. } | ExecError::BadRequest { .. } | ExecError::Ended => {
-                io::ErrorKind::InvalidInput
-            }
-            ExecError::Connect(source) | ExecError::AgentGone(source) => source.kind(),
-            ExecError::Protocol { .. } => io::ErrorKind::InvalidData,
-            ExecError::Timeout { .. } => io::ErrorKind::TimedOut,
-            ExecError::Dropped => io::ErrorKind::BrokenPipe,
-            ExecError::Refused { .. } => io::ErrorKind::Other,
-        };
-        Self::new(kind, error)
+        Self::new(error.kind(), error)
     }
 }

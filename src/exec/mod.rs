@@ -9,7 +9,7 @@
 //!   ExecStdin ──(bounded channel)──> ┌────────┐ ──frames──> agent
 //!   signal, kill ──────────────────> │ driver │
 //!   ExecStdout/Stderr <──(lanes)──── └────────┘ <──frames── agent
-//!                    wait <──(result)────┘
+//!     or ExecEvents      wait <──(state)──┘
 //! ```
 //! One driver task a session owns the stream. Everything between it and the handles is bounded:
 //!
@@ -25,22 +25,37 @@ mod child;
 mod control;
 mod driver;
 mod error;
+mod events;
 mod lanes;
+mod link;
+mod outcome;
+mod session;
+mod signaller;
+mod socket;
 mod stdio;
+mod stream;
 mod unix;
 
 pub use builder::ExecBuilder;
 pub use child::ExecChild;
-pub use child::ExecOutcome;
-pub use child::ExecSignaller;
+pub use control::AgentInfo;
 pub use control::control;
 pub use control::probe;
 pub use control::sync_time;
 pub use control::wait_ready;
 pub use error::ExecError;
+pub use events::ExecEvent;
+pub use events::ExecEvents;
 pub use kiln_wire::control::Control;
 pub use kiln_wire::control::ControlAck;
+pub use outcome::ExecExit;
+pub use outcome::ExecOutcome;
+pub use signaller::ExecSignaller;
+pub use socket::ExecSocket;
 pub use stdio::ExecStderr;
 pub use stdio::ExecStdin;
 pub use stdio::ExecStdout;
 pub use unix::UnixConnector;
+
+pub(crate) use link::Link;
+pub(crate) use stream::StreamSession;

@@ -20,12 +20,16 @@ pub use assets::Assets;
 pub use config::{Agent, GuestRoot, Kernel, VmConfig};
 pub use error::{ShutdownError, StartError, VmEnd};
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::exec::ExecBuilder;
 use crate::exec::ExecChild;
 use crate::exec::ExecError;
+use crate::exec::ExecSocket;
+use crate::exec::Link;
 use crate::transport::Connector;
 use crate::vmm::console::Console;
 use driver::Command;
@@ -43,7 +47,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Vm {
     driver: DriverHandle,
-    connector: Arc<dyn Connector>,
+    agent: Link,
     console: Console,
 }
 
@@ -65,10 +69,10 @@ impl Vm {
                 Err(_) => return Err(StartError::Config("the runtime is shutting down")),
             },
         };
-        start::agent_ready(&machine, boot_timeout).await?;
+        let info = start::agent_ready(&machine, boot_timeout).await?;
         let console = machine.console().clone();
-        let connector = Arc::new(machine.connector().clone());
-        Ok(Self { driver: driver::spawn(machine), connector, console })
+        let agent = Link::new(Arc::new(machine.connector().clone())).knowing(info);
+        Ok(Self { driver: driver::spawn(machine), agent, console })
     }
 
     /// Runs `argv` in the guest, with its input and outputs to be taken from the child.
@@ -84,13 +88,25 @@ impl Vm {
 
     /// Prepares a command to run in the guest.
     pub fn exec_builder(&self) -> ExecBuilder {
-        ExecBuilder::new(Arc::clone(&self.connector))
+        ExecBuilder::for_link(self.agent.clone())
+    }
+
+    /// Serves the guest's agent on a Unix socket at `path`, mode 0600, for programs beside this one: until the returned value is dropped, or
+    /// in vain once the guest has ended. [`ExecBuilder::new`] takes such a path.
+    ///
+    /// # Errors
+    /// `AddrInUse` when something is at `path`; otherwise why the socket cannot be made there.
+    ///
+    /// # Cancel safety
+    /// As [`ExecSocket::bind`].
+    pub async fn exec_socket(&self, path: impl Into<PathBuf>) -> io::Result<ExecSocket> {
+        ExecSocket::bind(path, self.connector()).await
     }
 
     /// Opens streams to the guest's vsock ports.
     #[must_use]
     pub fn connector(&self) -> Arc<dyn Connector> {
-        Arc::clone(&self.connector)
+        self.agent.shared_connector()
     }
 
     /// What the guest's kernel and agent wrote to the serial console.

@@ -17,6 +17,7 @@ use super::config::VmConfig;
 use super::error::StartError;
 use crate::block::FileBackend;
 use crate::exec;
+use crate::exec::AgentInfo;
 use crate::exec::ExecError;
 use crate::hv::soft::Soft;
 use crate::vmm::Machine;
@@ -60,16 +61,16 @@ pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, Sta
 }
 
 /// Waits until the agent answers, or the machine ends, or time is up.
-pub(super) async fn agent_ready(machine: &Machine, timeout: std::time::Duration) -> Result<(), StartError> {
+pub(super) async fn agent_ready(machine: &Machine, timeout: std::time::Duration) -> Result<AgentInfo, StartError> {
     let console = || machine.console().last_lines(CONSOLE_LINES);
     tokio::select! {
         // The end first: a guest that is gone also refuses connections.
         biased;
         end = machine.ended() => Err(ended_early(end, console())),
         ready = exec::wait_ready(machine.connector(), timeout) => match ready {
-            Ok(protocol) => {
-                tracing::debug!(protocol, port = AGENT_PORT, "agent answers");
-                Ok(())
+            Ok(agent) => {
+                tracing::debug!(?agent, port = AGENT_PORT, "agent answers");
+                Ok(agent)
             }
             Err(ExecError::Timeout { .. }) => Err(StartError::AgentTimeout { after: timeout, console: console() }),
             Err(source) => Err(StartError::Agent { source, console: console() }),

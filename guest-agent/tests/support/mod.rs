@@ -48,7 +48,7 @@ impl Agent {
     }
 
     pub(crate) fn exec<const N: usize>(&self, argv: [&str; N]) -> ExecBuilder {
-        ExecBuilder::unix(self.socket()).argv(argv)
+        ExecBuilder::new(self.socket()).argv(argv)
     }
 
     pub(crate) fn sh(&self, script: &str) -> ExecBuilder {

@@ -1,0 +1,79 @@
+//! Streams opened by a CONTROL action: a file, a tree, a TCP connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_wire::control::Control;
+use kiln_wire::frame::Kind;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::exec::ExecError;
+use crate::exec::ExecStdin;
+use crate::exec::ExecStdout;
+use crate::exec::driver::Mode;
+use crate::exec::lanes::Lane;
+use crate::exec::session;
+use crate::exec::session::Progress;
+use crate::exec::session::Session;
+use crate::transport::Connector;
+
+/// How long the agent may take to acknowledge a stream (10 s).
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// An acknowledged stream. Dropping it closes the connection, at which the agent gives up whatever it does.
+#[derive(Debug)]
+pub(crate) struct StreamSession {
+    /// Bytes to the guest; dropping or shutting it down is the end-of-file.
+    pub(crate) input: ExecStdin,
+    /// Bytes from the guest.
+    pub(crate) output: ExecStdout,
+    /// Of a file that is read: its size, in bytes.
+    pub(crate) total_len: Option<u64>,
+    /// How the stream goes on and ends.
+    pub(crate) end: StreamEnd,
+}
+
+/// How a stream ends; holds its connection open.
+#[derive(Debug)]
+pub(crate) struct StreamEnd {
+    state: Progress,
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl StreamEnd {
+    /// Waits until the agent has done all that the stream asked for.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn done(&self) -> Result<(), ExecError> {
+        let ended = self.state.clone().ended().await?;
+        match ended.exit.code {
+            0 => Ok(()),
+            code => Err(ExecError::Refused { text: format!("the agent's helper exited with {code}") }),
+        }
+    }
+}
+
+impl StreamSession {
+    /// Opens the stream that `action` asks for, within ten seconds.
+    ///
+    /// # Cancel safety
+    /// Cancelled, the connection is closed.
+    pub(crate) async fn open(connector: &dyn Connector, action: &Control) -> Result<Self, ExecError> {
+        let started = Instant::now();
+        let opening = session::opening(Kind::Control, action)?;
+        let stream = session::connect(connector, &opening, OPEN_DEADLINE).await?;
+        let Session { stdin, lanes, mut state, driver, .. } = Session::new(stream, Mode::Stream, true, started, None);
+        let start = tokio::time::timeout(OPEN_DEADLINE.saturating_sub(started.elapsed()), state.started()).await;
+        let start = start.unwrap_or(Err(ExecError::Timeout { after: OPEN_DEADLINE }))?;
+        // Nothing comes on it; a reader that never reads must not count as one that may.
+        lanes.close(Lane::Stderr);
+        Ok(Self {
+            input: stdin.ok_or(ExecError::Dropped)?,
+            output: ExecStdout::new(Arc::clone(&lanes)),
+            total_len: start.total_len,
+            end: StreamEnd { state, _driver: driver },
+        })
+    }
+}
