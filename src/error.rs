@@ -1,6 +1,7 @@
 //! The sum of the errors of all operations.
 
 use crate::exec::ExecError;
+use crate::files::FileError;
 use crate::image::{LayoutError, PullError};
 use crate::rootfs::RootfsError;
 use crate::vm::{ShutdownError, StartError};
@@ -26,6 +27,9 @@ pub enum Error {
     /// A command could not be run.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// A file of the guest's could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A VM did not stop.
     #[error(transparent)]
     Shutdown(#[from] ShutdownError),

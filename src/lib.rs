@@ -29,6 +29,8 @@
 //! | [`rootfs`] | layers to a filesystem image |
 //! | [`transport`] | byte streams into the guest |
 //! | [`exec`] | commands in the guest, in the manner of `tokio::process` |
+//! | [`files`] | files and trees in the guest |
+//! | [`tcp`] | TCP ports of the guest |
 //! | [`vm`] | a VM's life |
 //!
 //! An unoptimised build of the software processor is some thirty times slower; in a program that uses kiln put
@@ -42,10 +44,12 @@ struct Readme;
 pub mod block;
 mod error;
 pub mod exec;
+pub mod files;
 pub mod hv;
 pub mod image;
 pub mod mem;
 pub mod rootfs;
+pub mod tcp;
 pub mod transport;
 pub mod units;
 pub mod vm;
@@ -54,6 +58,8 @@ pub mod vmm;
 pub use error::Error;
 pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExit, ExecOutcome, ExecSignaller};
 pub use exec::{ExecSocket, ExecStderr, ExecStdin, ExecStdout};
+pub use files::{FileError, GuestFileReader, GuestFileWriter, GuestFiles};
 pub use image::{Image, LayoutError, OciImageBuilder, PullError, PullPolicy};
 pub use rootfs::RootfsError;
+pub use tcp::{GuestTcpStream, TcpForwarder};
 pub use vm::{ShutdownError, StartError, Vm, VmConfig};

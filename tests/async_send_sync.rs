@@ -3,7 +3,6 @@
 
 use std::future::Future;
 
-use kiln::exec::ExecSignaller;
 use kiln::exec::UnixConnector;
 use kiln::image::ImageConfig;
 use kiln::image::ImageStore;
@@ -47,9 +46,16 @@ const _: () = {
     value::<ExecOutcome>();
     value::<ExecSignaller>();
     value::<UnixConnector>();
+    value::<ExecEvents>();
+    value::<ExecEvent>();
+    value::<ExecExit>();
+    value::<ExecSocket>();
+    value::<GuestFiles>();
+    value::<TcpForwarder>();
 
     error::<Error>();
     error::<ExecError>();
+    error::<FileError>();
     error::<LayoutError>();
     error::<PullError>();
     error::<RootfsError>();
@@ -57,6 +63,10 @@ const _: () = {
     error::<ShutdownError>();
 
     reader::<ExecStdout>();
+    reader::<GuestFileReader>();
+    writer::<GuestFileWriter>();
+    reader::<GuestTcpStream>();
+    writer::<GuestTcpStream>();
     reader::<ExecStderr>();
     writer::<ExecStdin>();
     reader::<Box<dyn GuestStream>>();

@@ -19,9 +19,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("rootfs", &["units", "block", "image"]),
     ("snapshot", &["units", "block", "mem", "hv", "vmm"]),
     ("exec", &["units", "transport"]),
-    ("vm", &["units", "block", "mem", "transport", "hv", "vmm", "image", "rootfs", "snapshot", "exec"]),
+    ("files", &["units", "transport", "exec"]),
+    ("tcp", &["units", "transport", "exec"]),
+    ("vm", &["units", "block", "mem", "transport", "hv", "vmm", "image", "rootfs", "snapshot", "exec", "files", "tcp"]),
     // The umbrella over the operations' errors.
-    ("error", &["image", "rootfs", "exec", "vm"]),
+    ("error", &["image", "rootfs", "exec", "files", "vm"]),
 ];
 
 #[test]

@@ -39,7 +39,7 @@ pub struct ExecChild {
     pub(crate) state: Progress,
     pub(crate) signaller: ExecSignaller,
     /// Aborts the driver, and so closes the connection; `None` when the process may outlive the child.
-    pub(crate) driver: Option<AbortOnDropHandle<()>>,
+    _driver: Option<AbortOnDropHandle<()>>,
 }
 
 /// Lets unread outputs be dropped while somebody waits, and no longer.
@@ -89,7 +89,7 @@ impl ExecChild {
             lanes,
             state,
             signaller: ExecSignaller::new(messages, kill),
-            driver,
+            _driver: driver,
         }
     }
 

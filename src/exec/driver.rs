@@ -219,10 +219,19 @@ impl Reader<'_> {
             Kind::Stdout if payload.is_empty() && self.mode == Mode::Stream => self.lanes.finish(Lane::Stdout),
             Kind::Stdout => self.lanes.push(Lane::Stdout, &payload).await,
             Kind::Stderr => self.lanes.push(Lane::Stderr, &payload).await,
-            Kind::Exit => return Exit::decode(&payload).map(Some).map_err(|error| protocol(error.to_string())),
+            Kind::Exit => return self.exit(&payload).map(Some),
             other => return Err(protocol(format!("unexpected {other:?} frame"))),
         }
         Ok(None)
+    }
+
+    fn exit(&self, payload: &[u8]) -> Result<Exit, ExecError> {
+        let exit = Exit::decode(payload).map_err(|error| ExecError::Protocol { detail: error.to_string() })?;
+        // A stream has no exit code; what it asked for was done or not.
+        if self.mode == Mode::Stream && exit.code != 0 {
+            return Err(ExecError::Refused { text: format!("the agent's helper exited with {}", exit.code) });
+        }
+        Ok(exit)
     }
 
     /// Tells the handles that the agent has begun, the first time.

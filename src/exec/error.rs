@@ -109,6 +109,14 @@ impl ExecError {
         }
     }
 
+    /// The error of the session that a handle's I/O error carries, or the loss of the connection.
+    pub(crate) fn from_io(error: io::Error) -> Self {
+        match error.get_ref().and_then(|source| source.downcast_ref::<Self>()) {
+            Some(source) => source.clone(),
+            None => Self::gone(error),
+        }
+    }
+
     /// The agent went away without an error of the transport.
     pub(crate) fn hung_up() -> Self {
         Self::gone(io::ErrorKind::UnexpectedEof.into())

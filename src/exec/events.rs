@@ -6,10 +6,9 @@ use std::task::Context;
 use std::task::Poll;
 
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::Stream;
-use futures::future::BoxFuture;
 use futures::stream::FusedStream;
+use tokio_util::sync::ReusableBoxFuture;
 
 use crate::exec::ExecChild;
 use crate::exec::ExecError;
@@ -66,7 +65,7 @@ pub struct ExecEvents {
     child: ExecChild,
     /// The outputs that the child still held.
     held: Vec<Lane>,
-    ended: BoxFuture<'static, SessionResult>,
+    ended: ReusableBoxFuture<'static, SessionResult>,
     over: bool,
 }
 
@@ -81,7 +80,7 @@ impl ExecEvents {
         drop(child.stdin.take());
         let stdout = child.stdout.as_ref().map(|_| Lane::Stdout);
         let stderr = child.stderr.as_ref().map(|_| Lane::Stderr);
-        let ended = child.state.clone().ended().boxed();
+        let ended = ReusableBoxFuture::new(child.state.clone().ended());
         Self { child, held: stdout.into_iter().chain(stderr).collect(), ended, over: false }
     }
 
@@ -112,7 +111,7 @@ impl Stream for ExecEvents {
                 Lane::Stderr => ExecEvent::Stderr(bytes),
             }))),
             // The lanes end just before the session does.
-            Poll::Ready(None) => this.ended.poll_unpin(cx).map(|ended| {
+            Poll::Ready(None) => this.ended.poll(cx).map(|ended| {
                 this.over = true;
                 Some(ended.map(|ended| ExecEvent::Exit(ended.into())))
             }),

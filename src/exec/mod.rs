@@ -58,4 +58,5 @@ pub use stdio::ExecStdout;
 pub use unix::UnixConnector;
 
 pub(crate) use link::Link;
+pub(crate) use stream::StreamEnd;
 pub(crate) use stream::StreamSession;

@@ -42,16 +42,18 @@ pub(crate) struct StreamEnd {
 }
 
 impl StreamEnd {
-    /// Waits until the agent has done all that the stream asked for.
+    /// Waits until the agent has done all that the stream asked for. Does not hold the connection open.
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(crate) async fn done(&self) -> Result<(), ExecError> {
-        let ended = self.state.clone().ended().await?;
-        match ended.exit.code {
-            0 => Ok(()),
-            code => Err(ExecError::Refused { text: format!("the agent's helper exited with {code}") }),
-        }
+    pub(crate) fn done(&self) -> impl Future<Output = Result<(), ExecError>> + Send + 'static {
+        let ended = self.state.clone().ended();
+        async { ended.await.map(|_| ()) }
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn try_done(&self) -> Option<Result<(), ExecError>> {
+        self.state.try_ended().map(|ended| ended.map(|_| ())).transpose()
     }
 }
 

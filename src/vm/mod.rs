@@ -13,6 +13,7 @@ pub mod assets;
 mod config;
 mod driver;
 mod error;
+mod files;
 mod image_start;
 mod start;
 
