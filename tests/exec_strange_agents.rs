@@ -1,5 +1,8 @@
 //! The exec layer against agents that lie, stall or vanish: typed errors, never a success, never a panic.
 
+#[path = "support/scripted.rs"]
+mod scripted;
+
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::pin::Pin;
@@ -9,40 +12,21 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use kiln::exec::AgentInfo;
 use kiln::exec::ExecBuilder;
 use kiln::exec::ExecError;
 use kiln::exec::probe;
 use kiln::exec::wait_ready;
 use kiln::transport::Connector;
 use kiln::transport::GuestStream;
+use scripted::EXIT_0;
+use scripted::Streams;
+use scripted::command;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWrite;
 use tokio::io::AsyncWriteExt;
-use tokio::io::DuplexStream;
 use tokio::io::ReadBuf;
-use tokio::sync::Mutex;
 use tokio::time::Instant;
-
-/// Hands out one end of an in-memory stream, once; whoever connects later is refused.
-#[derive(Debug)]
-struct Once(Mutex<Option<DuplexStream>>);
-
-impl Connector for Once {
-    fn connect(&self, _port: u32) -> BoxFuture<'_, io::Result<Box<dyn GuestStream>>> {
-        Box::pin(async {
-            let stream = self.0.lock().await.take().ok_or(io::ErrorKind::ConnectionRefused)?;
-            Ok(Box::new(stream) as Box<dyn GuestStream>)
-        })
-    }
-}
-
-/// A command, and the agent's end of its session.
-fn command() -> (ExecBuilder, DuplexStream) {
-    let (host, agent) = tokio::io::duplex(1 << 20);
-    (ExecBuilder::over(Arc::new(Once(Mutex::new(Some(host))))).agent(AgentInfo::new(5)).argv(["program"]), agent)
-}
 
 /// Runs a command against an agent that says `script` and closes.
 async fn against(script: &[u8]) -> Result<kiln::exec::ExecOutcome, ExecError> {
@@ -52,8 +36,6 @@ async fn against(script: &[u8]) -> Result<kiln::exec::ExecOutcome, ExecError> {
     agent.shutdown().await.expect("open");
     command.output().await
 }
-
-const EXIT_0: &[u8] = &[5, 0, 0, 0, 4, 0, 0, 0, 0];
 
 #[tokio::test]
 async fn the_opening_is_a_request_and_an_end_of_file() {
@@ -173,24 +155,23 @@ async fn connecting_has_a_deadline_of_its_own() {
 async fn a_probe_believes_only_an_agent() {
     for (script, why) in [(&b"{\"ok\":true}"[..], "no version"), (b"[]", "no object"), (b"{\"ok\":", "half an answer")]
     {
-        let (host, mut agent) = tokio::io::duplex(1 << 10);
+        let (streams, mut agent) = Streams::one(1 << 10);
         agent.write_all(&[0xfe, 0, 0, 0, u8::try_from(script.len()).expect("short")]).await.expect("room");
         agent.write_all(script).await.expect("room");
-        let error = probe(&Once(Mutex::new(Some(host))), Duration::from_secs(60)).await.expect_err(why);
+        let error = probe(&*streams, Duration::from_secs(60)).await.expect_err(why);
         assert!(matches!(error, ExecError::Protocol { .. }), "{why}: {error:?}");
     }
 }
 
 #[tokio::test]
 async fn waiting_for_an_agent_outlasts_refusals() {
-    let (host, mut agent) = tokio::io::duplex(1 << 10);
-    let connector = Arc::new(Once(Mutex::new(None)));
+    let connector = Arc::new(Streams::default());
     let waiting = tokio::spawn({
         let connector = Arc::clone(&connector);
         async move { wait_ready(&*connector, Duration::from_secs(60)).await }
     });
     tokio::task::yield_now().await;
-    *connector.0.lock().await = Some(host);
+    let mut agent = connector.add(1 << 10);
     let mut probe = vec![0; 5 + br#"{"action":"probe"}"#.len()];
     agent.read_exact(&mut probe).await.expect("it tried again");
     agent.write_all(&[0xfe, 0, 0, 0, 24]).await.expect("room");
@@ -200,10 +181,10 @@ async fn waiting_for_an_agent_outlasts_refusals() {
 
 #[tokio::test]
 async fn a_deadline_beyond_the_clock_is_none() {
-    let (host, mut agent) = tokio::io::duplex(1 << 10);
+    let (streams, mut agent) = Streams::one(1 << 10);
     agent.write_all(&[0xfe, 0, 0, 0, 24]).await.expect("room");
     agent.write_all(br#"{"ok":true,"protocol":5}"#).await.expect("room");
-    assert_eq!(wait_ready(&Once(Mutex::new(Some(host))), Duration::MAX).await.expect("answers").protocol, 5);
+    assert_eq!(wait_ready(&*streams, Duration::MAX).await.expect("answers").protocol, 5);
 }
 
 /// A stream that always has one more empty STDOUT frame, and takes whatever is written.

@@ -10,6 +10,7 @@
 //!
 //! No single step of an operation waits longer than [`STALL`] for the guest.
 
+mod copy;
 mod error;
 mod guest_files;
 mod handles;
@@ -18,6 +19,10 @@ pub use error::FileError;
 pub use guest_files::GuestFiles;
 pub use handles::GuestFileReader;
 pub use handles::GuestFileWriter;
+pub use kiln_tree::PackError;
+pub use kiln_tree::UnpackError;
+pub use kiln_tree::UnpackOptions;
+pub use kiln_tree::Unpacked;
 
 use std::time::Duration;
 

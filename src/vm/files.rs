@@ -3,6 +3,7 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use super::Vm;
 use crate::exec::ExecError;
@@ -10,6 +11,7 @@ use crate::files::FileError;
 use crate::files::GuestFileReader;
 use crate::files::GuestFileWriter;
 use crate::files::GuestFiles;
+use crate::files::Unpacked;
 use crate::tcp::GuestTcpStream;
 use crate::tcp::TcpForwarder;
 
@@ -80,6 +82,37 @@ impl Vm {
     /// Cancelled, nothing is at `path` that was not there before.
     pub async fn open_write(&self, path: impl Into<String>) -> Result<GuestFileWriter, FileError> {
         self.files().open_write(path).await
+    }
+
+    /// Copies a file or folder of the host's, with all that is in it, to the path `guest`; see [`GuestFiles::copy_in`].
+    ///
+    /// # Errors
+    /// [`FileError::Pack`] for what cannot be read here; [`FileError::Guest`] for what the guest refuses.
+    ///
+    /// # Cancel safety
+    /// Cancelled, a part of the tree may have been copied.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn f(vm: kiln::Vm) -> Result<(), kiln::Error> {
+    /// vm.copy_in("my-project", "/work").await?;
+    /// vm.exec_builder().argv(["make"]).cwd("/work").status().await?;
+    /// vm.copy_out("/work/target", "target").await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn copy_in(&self, host: impl Into<PathBuf>, guest: impl Into<String>) -> Result<(), FileError> {
+        self.files().copy_in(host, guest).await
+    }
+
+    /// Copies a file or folder of the guest's, with all that is in it, to the path `host`; see [`GuestFiles::copy_out`].
+    ///
+    /// # Errors
+    /// [`FileError::Guest`] for what the guest refuses; [`FileError::Unpack`] for what cannot be written here.
+    ///
+    /// # Cancel safety
+    /// Cancelled, a part of the tree may have been copied.
+    pub async fn copy_out(&self, guest: impl Into<String>, host: impl Into<PathBuf>) -> Result<Unpacked, FileError> {
+        self.files().copy_out(guest, host).await
     }
 
     /// Connects to a TCP port on the guest's loopback interface; see [`GuestTcpStream`].
