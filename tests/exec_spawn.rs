@@ -18,6 +18,7 @@ use scripted::hear;
 use scripted::hung_up;
 use scripted::say;
 use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
 
 const STARTED: [u8; 9] = [7, 0, 0, 0, 4, 0, 0, 0x12, 0x67];
 
@@ -94,6 +95,19 @@ async fn a_spawn_cancelled_at_any_await_hangs_up() {
         drop(spawning);
         hung_up(&mut agent).await;
     }
+}
+
+#[tokio::test]
+async fn a_child_dropped_before_its_driver_ever_ran_ends_its_handles() {
+    let (command, mut agent) = command();
+    let mut child = command.spawn().await.expect("spawns");
+    let (mut stdin, mut stdout) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+    let signaller = child.signaller();
+    drop(child);
+    hung_up(&mut agent).await;
+    stdout.read_to_end(&mut Vec::new()).await.expect_err("cut off, which is no end of file");
+    stdin.write_all(b"x").await.expect_err("nobody reads");
+    assert!(matches!(signaller.signal(15).await, Err(ExecError::Ended)));
 }
 
 #[tokio::test]

@@ -88,6 +88,8 @@ pub(crate) struct Driver {
     pub(crate) stream: Box<dyn GuestStream>,
     pub(crate) mode: Mode,
     pub(crate) lanes: Arc<Lanes>,
+    /// Until the driver runs to its end.
+    pub(crate) guard: Option<EndGuard>,
     /// `None` when the end-of-file is sent already.
     pub(crate) stdin: Option<mpsc::Receiver<Bytes>>,
     pub(crate) messages: mpsc::Receiver<Message>,
@@ -97,8 +99,10 @@ pub(crate) struct Driver {
     pub(crate) state: watch::Sender<State>,
 }
 
-/// Tells the readers when the driver goes away without an end, because it was aborted.
-struct EndGuard(Arc<Lanes>);
+/// Tells the readers when the driver goes away without an end, because it was aborted. A part of the driver and not of its future's
+/// frame: an abort may come before the future's first poll.
+#[derive(Debug)]
+pub(crate) struct EndGuard(pub(crate) Arc<Lanes>);
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
@@ -108,14 +112,15 @@ impl Drop for EndGuard {
 
 impl Driver {
     /// Drives the session to its end and publishes it.
-    pub(crate) async fn run(self) {
-        let guard = EndGuard(Arc::clone(&self.lanes));
+    pub(crate) async fn run(mut self) {
+        let _guard = self.guard.take();
+        let lanes = Arc::clone(&self.lanes);
         let state = self.state.clone();
         let started = self.started;
         let ended =
             self.session().await.map(|(exit, timed_out)| Ended { exit, timed_out, duration: started.elapsed() });
         tracing::debug!(?ended, "exec session ended");
-        guard.0.end(ended.as_ref().map(|_| ()).map_err(Clone::clone));
+        lanes.end(ended.as_ref().map(|_| ()).map_err(Clone::clone));
         state.send_modify(|state| state.ended = Some(ended));
     }
 

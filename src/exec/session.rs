@@ -19,6 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::exec::ExecError;
 use crate::exec::ExecStdin;
 use crate::exec::driver::Driver;
+use crate::exec::driver::EndGuard;
 use crate::exec::driver::Message;
 use crate::exec::driver::Mode;
 use crate::exec::lanes::Lanes;
@@ -83,6 +84,7 @@ impl Session {
             stream,
             mode,
             lanes: Arc::clone(&lanes),
+            guard: Some(EndGuard(Arc::clone(&lanes))),
             stdin: pieces,
             messages: message_queue,
             kill: kill.clone(),

@@ -9,13 +9,18 @@ use std::time::Duration;
 use std::time::Instant;
 
 use kiln::ExecBuilder;
+use kiln::ExecChild;
 use kiln::ExecOutcome;
+use kiln::ExecStdin;
+use kiln::ExecStdout;
 use kiln::Image;
 use kiln::Vm;
 use kiln::VmConfig;
 use kiln::hv::soft::Soft;
 use serde_json::Value;
 use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
 
 use crate::image_support::Entry;
 use crate::image_support::LayerBlob;
@@ -55,7 +60,11 @@ pub fn busybox_layer() -> LayerBlob {
 
 /// The busybox image with `settings` as its OCI configuration's `config`.
 pub async fn busybox_image(settings: Value) -> (Place, Image) {
-    let layer = busybox_layer();
+    image_of(&busybox_layer(), settings).await
+}
+
+/// An image of one layer with `settings` as its OCI configuration's `config`.
+pub async fn image_of(layer: &LayerBlob, settings: Value) -> (Place, Image) {
     let layout = Layout::new();
     let blob = layout.blob(layer.media_type, &layer.blob);
     let oci = json!({
@@ -78,6 +87,48 @@ pub async fn boot() -> Vm {
 pub async fn boot_with(settings: Value, config: VmConfig) -> Vm {
     let (_place, image) = busybox_image(settings).await;
     image.start(config).await.unwrap_or_else(|error| panic!("{error:?}"))
+}
+
+/// A terminal in the guest: what a person would type, and what shows.
+pub struct Terminal {
+    /// The process on it.
+    pub child: ExecChild,
+    stdin: ExecStdin,
+    stdout: ExecStdout,
+    /// What showed and was not asked for yet.
+    shown: String,
+}
+
+impl Terminal {
+    /// Starts `argv` on a terminal of 80 columns and 24 rows.
+    pub async fn open(exec: ExecBuilder) -> Self {
+        let mut child = exec.tty(true).winsize(80, 24).spawn().await.expect("starts");
+        let (stdin, stdout) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        Self { child, stdin, stdout, shown: String::new() }
+    }
+
+    /// Types `keys`.
+    pub async fn keys(&mut self, keys: &str) {
+        self.stdin.write_all(keys.as_bytes()).await.expect("the terminal is there");
+    }
+
+    /// Waits until `text` shows, and forgets everything up to it.
+    pub async fn expect(&mut self, text: &str) {
+        let began = Instant::now();
+        let mut piece = [0; 1024];
+        loop {
+            if let Some(at) = self.shown.find(text) {
+                self.shown.drain(..at + text.len());
+                return;
+            }
+            let left = DEADLINE.saturating_sub(began.elapsed());
+            let read = tokio::time::timeout(left, self.stdout.read(&mut piece)).await;
+            match read {
+                Ok(Ok(read @ 1..)) => self.shown.push_str(&String::from_utf8_lossy(&piece[..read])),
+                other => panic!("{text:?} did not show: {other:?} after {:?}", self.shown),
+            }
+        }
+    }
 }
 
 /// A shell line to be run in the guest.
