@@ -138,22 +138,13 @@ impl<W: Write> Packer<'_, W> {
     /// Writes a folder's entry and lists what is in it.
     fn enter(&mut self, folder: OwnedFd, name: &[u8], prefix: usize) -> Result<Open, PackError> {
         let listed = rustix::fs::fstat(&folder).and_then(|stat| Ok((Stat::from(stat), list(folder.as_fd())?)));
-        let (stat, names) = listed.map_err(|error| PackError::Read {
-            path: self.root.join(OsStr::from_bytes(name)),
-            source: error.into(),
-        })?;
+        let (stat, names) = listed
+            .map_err(|error| PackError::Read { path: self.root.join(OsStr::from_bytes(name)), source: error.into() })?;
         self.begin(name, EntryType::Directory, &[], 0, &stat)?;
         Ok(Open { folder, names: names.into_iter(), prefix })
     }
 
-    fn begin(
-        &mut self,
-        name: &[u8],
-        kind: EntryType,
-        link: &[u8],
-        size: u64,
-        stat: &Stat,
-    ) -> Result<(), PackError> {
+    fn begin(&mut self, name: &[u8], kind: EntryType, link: &[u8], size: u64, stat: &Stat) -> Result<(), PackError> {
         let Stat { mode, uid, gid, mtime, device, .. } = *stat;
         let device = if matches!(kind, EntryType::Char | EntryType::Block) { device } else { (0, 0) };
         let entry = Entry { name, kind, link, mode, uid, gid, size, mtime, device };

@@ -40,7 +40,8 @@ impl<'a> Name<'a> {
         if whole.len() > MAX_NAME {
             return Err(UnpackError::Limit { what: "bytes in a name", limit: MAX_NAME as u64 });
         }
-        let components: Vec<_> = whole.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b".")).collect();
+        let components: Vec<_> =
+            whole.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b".")).collect();
         if whole.is_empty() || whole.starts_with(b"/") || whole.contains(&0) || components.contains(&&b".."[..]) {
             return Err(UnpackError::Escape { name: shown(whole) });
         }
