@@ -187,5 +187,5 @@ fn mount_kernel_views() -> Result<(), BootError> {
 
 /// Replaces a file of `/etc`; a link there (often dangling, into a daemon's folder) is replaced, not followed.
 fn write_etc(name: &str, text: &str) -> Result<(), BootError> {
-    files::write_atomically(&Path::new("/etc").join(name), text.as_bytes(), 0o644).step(name)
+    files::write_atomically(&Path::new("/etc").join(name), text.as_bytes(), None).step(name)
 }

@@ -1,4 +1,4 @@
-//! CONTROL actions: one question, one answer, no process.
+//! CONTROL actions: one question, one answer, no process. Those that open a stream are [`crate::session`]'s.
 
 use std::fs;
 use std::io;
@@ -6,34 +6,48 @@ use std::io;
 use kiln_wire::PROTOCOL;
 use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
+use kiln_wire::control::feature;
 use rustix::time::ClockId;
 use rustix::time::Timespec;
 
 use crate::files;
+use crate::refusal::Refusal;
+use crate::uploads::Chunk;
+use crate::uploads::Uploads;
 
-/// Does what `payload` asks; the answer says whether it was done.
-pub(crate) fn serve(payload: &[u8]) -> ControlAck {
-    match serde_json::from_slice(payload) {
-        Ok(action) => act(action).unwrap_or_else(ControlAck::refused),
-        Err(error) => ControlAck::refused(format!("malformed CONTROL: {error}")),
-    }
-}
-
-fn act(action: Control) -> Result<ControlAck, String> {
-    let text = |error: io::Error| error.to_string();
+/// Does what `action` asks.
+pub(crate) fn act(action: Control, uploads: &mut Uploads) -> Result<ControlAck, Refusal> {
     match action {
-        Control::Probe => return Ok(ControlAck { protocol: Some(PROTOCOL), ..ControlAck::done() }),
-        Control::Signal { .. } => return Err("no workload is running".to_owned()),
+        Control::Probe => return Ok(probe()),
+        Control::Signal { .. } => return Err(Refusal::new("no workload is running")),
         Control::WriteFile { path, data_b64, mode } => files::write(&path, &data_b64, mode)?,
         Control::ReadFile { path, max_bytes } => {
             return Ok(ControlAck { data_b64: Some(files::read(&path, max_bytes)?), ..ControlAck::done() });
         }
-        Control::SyncTime { host_unix_ns } => set_clock(host_unix_ns).map_err(text)?,
+        Control::WriteFileChunk { path, offset, data_b64, last, token, mode } => {
+            uploads.add(Chunk { path, token, offset, data_b64, last, mode })?;
+        }
+        Control::ReadFileChunk { path, offset, len, max_bytes } => {
+            let (data_b64, total_len) = files::read_chunk(&path, offset, len, max_bytes)?;
+            let (data_b64, total_len) = (Some(data_b64), Some(total_len));
+            return Ok(ControlAck { data_b64, total_len, ..ControlAck::done() });
+        }
+        Control::SyncTime { host_unix_ns } => {
+            set_clock(host_unix_ns).map_err(|error| Refusal::system("setting the clock", &error))?;
+        }
         Control::Sync => rustix::fs::sync(),
-        Control::DropVfsCaches => fs::write("/proc/sys/vm/drop_caches", "3").map_err(text)?,
-        _ => return Err("unknown CONTROL action".to_owned()),
+        Control::DropVfsCaches => {
+            let path = "/proc/sys/vm/drop_caches";
+            fs::write(path, "3").map_err(|error| Refusal::system(path, &error))?;
+        }
+        _ => return Err(Refusal::new("unknown CONTROL action")),
     }
     Ok(ControlAck::done())
+}
+
+fn probe() -> ControlAck {
+    let features = [feature::STARTED, feature::STREAMS].map(str::to_owned).to_vec();
+    ControlAck { protocol: Some(PROTOCOL), features, ..ControlAck::done() }
 }
 
 fn set_clock(unix_ns: u64) -> io::Result<()> {

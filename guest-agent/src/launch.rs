@@ -97,6 +97,13 @@ impl Plan {
         Ok(Self { env, path, cwd, cwd_text, identity, terminal: request.tty, open_files })
     }
 
+    /// What a process of the agent's own program gets: the agent's identity and folder, and no environment.
+    pub(crate) fn own(defaults: &Defaults) -> Self {
+        let here = c".".to_owned();
+        let (env, path, cwd_text) = (Vec::new(), String::new(), ".".to_owned());
+        Self { env, path, cwd: here, cwd_text, identity: None, terminal: false, open_files: defaults.open_files }
+    }
+
     /// Starts `argv` on `ends`; the pid is also the process group.
     pub(crate) fn start(&self, argv: &[String], ends: &ProcessEnds) -> Result<i32, Failure> {
         let Some(program) = argv.first().filter(|program| !program.is_empty()) else {
@@ -131,6 +138,10 @@ impl Plan {
 
     fn explain(&self, program: &str, StartError { stage, error }: &StartError) -> Failure {
         let reason = reason(error);
+        let system = |what: &str| match error.raw_os_error() {
+            Some(errno) => Failure::System { errno, detail: format!("{what}: {reason}") },
+            None => Failure::Other(format!("{what}: {reason}")),
+        };
         match (stage, error.raw_os_error()) {
             (Stage::Cwd, _) => Failure::BadCwd(format!("{}: {reason}", self.cwd_text)),
             (Stage::Exec, Some(libc::ENOENT)) if self.exists(program) => {
@@ -138,12 +149,12 @@ impl Plan {
             }
             (Stage::Exec, Some(libc::ENOENT)) => Failure::NotFound(program.to_owned()),
             (Stage::Exec, Some(libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE)) => {
-                Failure::Other(format!("cannot execute {program}: {reason}"))
+                system(&format!("cannot execute {program}"))
             }
             (Stage::Exec, Some(libc::E2BIG)) => Failure::BadRequest("argv and env are too long".to_owned()),
             (Stage::Exec, _) => Failure::NotExecutable(format!("{program}: {reason}")),
-            (Stage::Identity, _) => Failure::Other(format!("cannot change user: {reason}")),
-            (Stage::Group | Stage::Fork, _) => Failure::Other(format!("cannot start a process: {reason}")),
+            (Stage::Identity, _) => system("cannot change user"),
+            (Stage::Group | Stage::Fork, _) => system("cannot start a process"),
         }
     }
 
@@ -170,7 +181,8 @@ pub(crate) fn open_ends(request: &Request) -> io::Result<(AgentEnds, ProcessEnds
     if request.tty { open_terminal(request) } else { open_pipes() }
 }
 
-fn open_pipes() -> io::Result<(AgentEnds, ProcessEnds)> {
+/// Makes three pipes; the agent's ends do not block.
+pub(crate) fn open_pipes() -> io::Result<(AgentEnds, ProcessEnds)> {
     let (stdin_of_process, stdin) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let (stdout, stdout_of_process) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, stderr_of_process) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;

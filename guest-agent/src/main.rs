@@ -1,21 +1,29 @@
 //! kiln's in-guest agent: PID 1 of the microVM, and server of the exec protocol (`docs/exec-protocol.md`).
 //!
 //! - As PID 1 of an initramfs it builds the image's root ([`boot`]), then serves vsock port 1028 until the machine ends.
+//! - It starts itself again to pack or unpack a folder ([`helper`]), so that the server never waits for that.
 //! - `kiln-agent --unix PATH` serves the same sessions on a Unix socket as an ordinary process, until SIGTERM.
 //!
 //! One thread, no runtime, no lock: see [`server`]. All `unsafe` is in [`sys`].
 #![cfg_attr(not(test), no_main)]
 #![allow(clippy::print_stderr, reason = "the console is where the agent reports")]
 
+mod backlog;
 mod boot;
 mod control;
 mod files;
+mod helper;
 mod launch;
 mod outbox;
 mod poll;
+mod process;
+mod refusal;
+mod relay;
 mod server;
 mod session;
 mod sys;
+mod tcp;
+mod uploads;
 mod users;
 
 use std::collections::BTreeMap;
@@ -59,6 +67,8 @@ pub(crate) fn run() -> i32 {
                 1
             }
         },
+        (Some(flag), Some(path), None) if flag == helper::PACK => helper::pack(Path::new(&path)),
+        (Some(flag), Some(path), None) if flag == helper::UNPACK => helper::unpack(Path::new(&path)),
         _ if std::process::id() == 1 => serve_guest(),
         _ => {
             eprintln!("usage: kiln-agent --unix PATH    (or as PID 1 of a guest)");

@@ -25,11 +25,14 @@ pub(crate) enum Role {
     Stdin,
     Stdout,
     Stderr,
+    /// The other end of a stream that has no process.
+    Peer,
     Listener,
     Signals,
 }
 
-const ROLES: [Role; 6] = [Role::Socket, Role::Stdin, Role::Stdout, Role::Stderr, Role::Listener, Role::Signals];
+const ROLES: [Role; 7] =
+    [Role::Socket, Role::Stdin, Role::Stdout, Role::Stderr, Role::Peer, Role::Listener, Role::Signals];
 
 impl Token {
     fn pack(self) -> u64 {

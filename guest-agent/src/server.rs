@@ -23,6 +23,7 @@ use crate::session::Fate;
 use crate::session::Session;
 use crate::sys::process;
 use crate::sys::signal;
+use crate::uploads::Uploads;
 
 /// Sessions open at once; further connections wait in the listener's queue.
 const MAX_SESSIONS: usize = 2048;
@@ -58,6 +59,11 @@ impl Timers {
         self.queue.extend(new.map(|when| (when, Timer::Session(id))));
     }
 
+    /// Group `pgid` needs no killing any more.
+    fn spare_group(&mut self, pgid: i32) {
+        self.queue.retain(|(_, timer)| *timer != Timer::KillGroup(pgid));
+    }
+
     fn next(&self) -> Option<Instant> {
         self.queue.first().map(|(when, _)| *when)
     }
@@ -79,11 +85,24 @@ pub(crate) struct Shared {
     /// Which session each running process belongs to.
     pub(crate) children: BTreeMap<i32, u32>,
     pub(crate) timers: Timers,
+    pub(crate) uploads: Uploads,
     pub(crate) scratch: Box<[u8]>,
 }
 
 impl Shared {
+    /// Process `pid` has been started for `session`.
+    pub(crate) fn adopt(&mut self, pid: i32, session: u32) {
+        // Should the number have belonged to a group that hung up, it is another's now.
+        self.timers.spare_group(pid);
+        self.children.insert(pid, session);
+    }
+
     /// SIGHUP for process group `pgid` now, SIGKILL for what is left of it after a grace.
+    ///
+    /// The number cannot name another group by then, save in one unlikely case: it stays taken while the group has a process or
+    /// its leader is not reaped; the agent withdraws the SIGKILL when it reaps the leader of a group that is otherwise
+    /// gone, and when it starts a process of that number itself. What is left are processes of the group that outlive their leader and
+    /// all end within the grace, while the system's counter of numbers goes round once.
     pub(crate) fn hang_up(&mut self, pgid: i32) {
         signal::kill_group(pgid, libc::SIGHUP as u8);
         // A stopped process would not act on the signal.
@@ -115,7 +134,8 @@ impl Server {
         listener.want(&poll, Some(EventFlags::IN))?;
         signals.want(&poll, Some(EventFlags::IN))?;
         let scratch = vec![0; SCRATCH].into_boxed_slice();
-        let shared = Shared { poll, defaults, children: BTreeMap::new(), timers: Timers::default(), scratch };
+        let (children, timers, uploads) = (BTreeMap::new(), Timers::default(), Uploads::default());
+        let shared = Shared { poll, defaults, children, timers, uploads, scratch };
         Ok(Self { shared, listener, signals, sessions: BTreeMap::new(), next_id: 1, stopping: false })
     }
 
@@ -191,7 +211,11 @@ impl Server {
         }
         // One SIGCHLD may stand for many ends.
         while let Some(reaped) = process::reap() {
-            if let Some(id) = self.shared.children.remove(&reaped.pid)
+            let session = self.shared.children.remove(&reaped.pid);
+            if session.is_none() && !signal::group_exists(reaped.pid) {
+                self.shared.timers.spare_group(reaped.pid);
+            }
+            if let Some(id) = session
                 && let Some(session) = self.sessions.get_mut(&id)
             {
                 let fate = session.on_exit(reaped, &mut self.shared);

@@ -1,48 +1,48 @@
-//! One connection: its first frame, its process, and the bytes between them.
+//! One connection: its first frame, what that opened, and the bytes between the two.
 //!
 //! ```text
-//!   Waiting --REQUEST--> Running --(exit, outputs drained)--> Closing --(sent, host closed)--> gone
-//!      |  \--CONTROL, or a REQUEST that fails------------------^
-//!      \------- host disconnects at any point: the process group is killed -------------------> gone
+//!   Waiting --REQUEST, pack, unpack--> Running --(exit, outputs drained)--> Closing --(sent, host closed)--> gone
+//!      |  \--open_read, open_write, connect--> Relaying --(its end)-----------^
+//!      |   \--any other CONTROL, or what fails to open------------------------^
+//!      \------- host disconnects at any point: the process group is killed -----------------------------> gone
 //! ```
-//! Memory is bounded both ways: while [`Outbox`] is full the process's pipes are not read, and while
-//! [`STDIN_BACKLOG`] bytes wait for the process's standard input the socket is not read. A SIGNAL behind those bytes waits with them;
+//! Memory is bounded both ways: while [`Outbox`] is full the process's pipes (or the file, or the TCP connection) are not read, and
+//! while a [`crate::backlog::Backlog`] is full the host's socket is not. A SIGNAL behind those bytes waits with them;
 //! a host that must kill a process which does not read its input closes the connection, which always works.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use std::time::Instant;
 
-use bytes::Buf;
-use bytes::Bytes;
 use bytes::BytesMut;
+use kiln_wire::control::Control;
+use kiln_wire::control::ControlAck;
 use kiln_wire::exit::Exit;
 use kiln_wire::failure::Failure;
 use kiln_wire::frame::Frame;
 use kiln_wire::frame::FrameParser;
 use kiln_wire::frame::Kind;
 use kiln_wire::request::Request;
+use kiln_wire::started::Started;
 use rustix::event::epoll::EventFlags;
 
 use crate::control;
-use crate::files;
-use crate::launch;
-use crate::launch::AgentEnds;
-use crate::launch::Plan;
-use crate::launch::ProcessEnds;
 use crate::outbox::Outbox;
 use crate::poll::Role;
 use crate::poll::Token;
 use crate::poll::Watched;
+use crate::process::Errand;
+use crate::process::Process;
+use crate::refusal::Refusal;
+use crate::relay::Download;
+use crate::relay::Relay;
+use crate::relay::Step;
+use crate::relay::Upload;
 use crate::server::Shared;
 use crate::sys::process::Reaped;
-use crate::sys::signal::kill_group;
-
-/// Bytes that may wait for a process to read its standard input (128 KiB), beside the pipe itself.
-const STDIN_BACKLOG: usize = 128 << 10;
+use crate::tcp::Tcp;
 
 /// How long after the end of the main process its output is still forwarded while something else (a background child) holds
 /// the pipes open. What was written before the end is forwarded whatever that takes.
@@ -50,9 +50,6 @@ const DRAIN_GRACE: Duration = Duration::from_millis(100);
 
 /// How long a finished session waits for the host to close.
 const LINGER: Duration = Duration::from_secs(2);
-
-/// What a terminal takes for end-of-file (VEOF, control-D).
-const END_OF_TRANSMISSION: &[u8] = &[4];
 
 /// What becomes of a session after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,34 +75,9 @@ pub(crate) struct Session {
 enum State {
     Waiting,
     Running(Box<Process>),
+    Relaying(Box<Relay>),
     /// The last frame is queued; what the host still sends is discarded. True once all is sent and our direction shut.
     Closing(bool),
-}
-
-#[derive(Debug)]
-struct Process {
-    plan: Plan,
-    /// The running command, which leads its process group.
-    pid: Option<i32>,
-    terminal: bool,
-    stdin: Option<Watched>,
-    backlog: VecDeque<Bytes>,
-    backlog_len: usize,
-    stdin_ended: bool,
-    outputs: [Option<Output>; 2],
-    chain: VecDeque<Vec<String>>,
-    /// The other ends of the pipes, kept for the commands of the chain that are still to come.
-    ends: Option<ProcessEnds>,
-    exit: Option<Exit>,
-    grace_over: bool,
-}
-
-#[derive(Debug)]
-struct Output {
-    fd: Watched,
-    kind: Kind,
-    /// Bytes that the process had written when it ended and that are not forwarded yet.
-    owed: usize,
 }
 
 impl Session {
@@ -126,12 +98,28 @@ impl Session {
 
     /// Something is ready, or may be: does all that can be done now.
     pub(crate) fn on_ready(&mut self, role: Role, flags: EventFlags, shared: &mut Shared) -> Fate {
-        let worked = match role {
-            Role::Socket => self.on_socket(flags, shared),
-            Role::Stdin => self.on_stdin(shared),
-            Role::Stdout => self.read_output(0),
-            Role::Stderr => self.read_output(1),
-            Role::Listener | Role::Signals => Ok(()),
+        let worked = match (role, &mut self.state) {
+            (Role::Socket, _) => self.on_socket(flags, shared),
+            (Role::Stdin, State::Running(process)) => {
+                process.write_stdin();
+                // Room for frames that were held back.
+                self.parse(shared)
+            }
+            (Role::Stdout, State::Running(process)) => {
+                process.read_output(0, &mut self.outbox);
+                Ok(())
+            }
+            (Role::Stderr, State::Running(process)) => {
+                process.read_output(1, &mut self.outbox);
+                Ok(())
+            }
+            (Role::Peer, State::Relaying(relay)) => {
+                let step = relay.on_peer(flags, &mut self.outbox);
+                self.follow(step, shared);
+                // Room for frames that were held back, until now or until the connection is there.
+                self.parse(shared)
+            }
+            _ => Ok(()),
         };
         self.settle(worked, shared)
     }
@@ -141,36 +129,11 @@ impl Session {
         let State::Running(process) = &mut self.state else {
             return Fate::Continues;
         };
-        process.pid = None;
-        let next = if reaped.code == 0 { process.chain.pop_front() } else { None };
-        let worked = match (next, &process.ends) {
-            (Some(argv), Some(ends)) => {
-                let started = process.plan.start(&argv, ends);
-                if process.chain.is_empty() || started.is_err() {
-                    process.ends = None;
-                }
-                match started {
-                    Ok(pid) => {
-                        process.pid = Some(pid);
-                        shared.children.insert(pid, self.id);
-                        Ok(())
-                    }
-                    Err(failure) => {
-                        self.finish(Kind::Error, failure.to_string().as_bytes(), shared);
-                        Ok(())
-                    }
-                }
-            }
-            _ => {
-                process.ends = None;
-                process.exit = Some(Exit { code: reaped.code, peak_rss_kib: Some(reaped.peak_rss_kib) });
-                for output in process.outputs.iter_mut().flatten() {
-                    output.owed = usize::try_from(rustix::io::ioctl_fionread(&output.fd).unwrap_or(0)).unwrap_or(0);
-                }
-                self.read_output(0).and_then(|()| self.read_output(1))
-            }
-        };
-        let fate = self.settle(worked, shared);
+        match process.on_exit(reaped, self.id, shared) {
+            Ok(()) => process.read_outputs(&mut self.outbox),
+            Err(failure) => self.fail(&failure, shared),
+        }
+        let fate = self.settle(Ok(()), shared);
         if fate == Fate::Continues && matches!(self.state, State::Running(_)) {
             self.set_timer(Some(Instant::now() + DRAIN_GRACE), shared);
         }
@@ -181,12 +144,12 @@ impl Session {
     pub(crate) fn on_timer(&mut self, shared: &mut Shared) -> Fate {
         self.timer = None;
         match &mut self.state {
-            State::Waiting => Fate::Continues,
+            State::Waiting | State::Relaying(_) => Fate::Continues,
             State::Closing(_) => Fate::Over,
             State::Running(process) => {
-                process.grace_over = process.exit.is_some();
-                let worked = self.read_output(0).and_then(|()| self.read_output(1));
-                self.settle(worked, shared)
+                process.end_grace();
+                process.read_outputs(&mut self.outbox);
+                self.settle(Ok(()), shared)
             }
         }
     }
@@ -194,7 +157,7 @@ impl Session {
     /// The host is gone, or the agent stops: the process group goes too.
     pub(crate) fn abandon(&self, shared: &mut Shared) {
         if let State::Running(process) = &self.state
-            && let Some(pid) = process.pid
+            && let Some(pid) = process.pid()
         {
             shared.children.remove(&pid);
             shared.hang_up(pid);
@@ -204,8 +167,14 @@ impl Session {
     fn on_socket(&mut self, flags: EventFlags, shared: &mut Shared) -> io::Result<()> {
         if flags.contains(EventFlags::OUT) {
             self.outbox.flush(self.socket.as_fd())?;
-            self.read_output(0)?;
-            self.read_output(1)?;
+            match &mut self.state {
+                State::Running(process) => process.read_outputs(&mut self.outbox),
+                State::Relaying(relay) => {
+                    let step = relay.on_turn(&mut self.outbox);
+                    self.follow(step, shared);
+                }
+                State::Waiting | State::Closing(_) => {}
+            }
         }
         if flags.contains(EventFlags::IN) && self.wants_input() {
             match rustix::io::read(&self.socket, &mut shared.scratch[..]) {
@@ -225,7 +194,8 @@ impl Session {
 
     fn wants_input(&self) -> bool {
         match &self.state {
-            State::Running(process) => process.backlog_len < STDIN_BACKLOG,
+            State::Running(process) => process.wants_input(),
+            State::Relaying(relay) => relay.wants_input(),
             State::Waiting | State::Closing(_) => true,
         }
     }
@@ -249,108 +219,101 @@ impl Session {
 
     fn on_frame(&mut self, Frame { kind, payload }: Frame, shared: &mut Shared) {
         match (&mut self.state, kind) {
-            (State::Waiting, Kind::Request) => match self.start(&payload, shared) {
-                Ok(process) => self.state = State::Running(Box::new(process)),
-                Err(failure) => self.finish(Kind::Error, failure.to_string().as_bytes(), shared),
-            },
+            (State::Waiting, Kind::Request) => {
+                if let Err(failure) = self.start(&payload, shared) {
+                    self.fail(&failure, shared);
+                }
+            }
             (State::Waiting, Kind::Control) => {
-                let ack = control::serve(&payload);
-                let json = serde_json::to_vec(&ack).unwrap_or_default();
-                self.finish(Kind::Control, &json, shared);
+                if let Err(refusal) = self.control(&payload, shared) {
+                    self.answer(&refusal.into(), shared);
+                }
             }
             (State::Waiting, _) => {
                 let failure = Failure::BadRequest("the first frame is neither REQUEST nor CONTROL".to_owned());
-                self.finish(Kind::Error, failure.to_string().as_bytes(), shared);
+                self.fail(&failure, shared);
             }
             (State::Running(process), kind) => process.on_frame(kind, payload),
+            (State::Relaying(relay), kind) => {
+                let step = relay.on_frame(kind, payload);
+                self.follow(step, shared);
+            }
             (State::Closing(_), _) => {}
         }
     }
 
-    fn start(&self, payload: &[u8], shared: &mut Shared) -> Result<Process, Failure> {
+    fn start(&mut self, payload: &[u8], shared: &mut Shared) -> Result<(), Failure> {
         let request: Request =
             serde_json::from_slice(payload).map_err(|error| Failure::BadRequest(format!("REQUEST: {error}")))?;
-        if request.chain.iter().any(Vec::is_empty) {
-            return Err(Failure::BadRequest("a command of the chain is empty".to_owned()));
+        let announce = request.started;
+        let process = Process::start(request, self.id, shared)?;
+        if let Some(pid) = process.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|_| announce) {
+            self.outbox.push(Kind::Started, &Started { pid }.encode());
         }
-        let plan = Plan::new(&request, &shared.defaults)?;
-        for file in &request.stage_files {
-            files::write(&file.path, &file.data_b64, file.mode)
-                .map_err(|error| Failure::Other(format!("cannot stage {error}")))?;
-        }
-        let (AgentEnds { stdin, stdout, stderr }, ends) = launch::open_ends(&request)
-            .map_err(|error| Failure::Other(format!("cannot open pipes: {}", launch::reason(&error))))?;
-        let pid = plan.start(&request.argv, &ends)?;
-        shared.children.insert(pid, self.id);
-        let watch = |fd, role| Watched::new(fd, Token { session: self.id, role });
-        let output = |fd, role, kind| Output { fd: watch(fd, role), kind, owed: 0 };
-        let chain = VecDeque::from(request.chain);
-        Ok(Process {
-            plan,
-            pid: Some(pid),
-            terminal: request.tty,
-            stdin: Some(watch(stdin, Role::Stdin)),
-            backlog: VecDeque::new(),
-            backlog_len: 0,
-            stdin_ended: false,
-            outputs: [
-                Some(output(stdout, Role::Stdout, Kind::Stdout)),
-                stderr.map(|fd| output(fd, Role::Stderr, Kind::Stderr)),
-            ],
-            ends: (!chain.is_empty()).then_some(ends),
-            chain,
-            exit: None,
-            grace_over: false,
-        })
+        self.state = State::Running(Box::new(process));
+        Ok(())
     }
 
-    fn on_stdin(&mut self, shared: &mut Shared) -> io::Result<()> {
-        if let State::Running(process) = &mut self.state {
-            process.write_stdin();
+    fn control(&mut self, payload: &[u8], shared: &mut Shared) -> Result<(), Refusal> {
+        let action =
+            serde_json::from_slice(payload).map_err(|error| Refusal::new(format!("malformed CONTROL: {error}")))?;
+        match action {
+            Control::Pack { path } => self.run_errand(Errand::Pack, &path, shared)?,
+            Control::Unpack { path } => self.run_errand(Errand::Unpack, &path, shared)?,
+            Control::OpenRead { path } => {
+                let (download, ack) = Download::open(path)?;
+                self.relay(Relay::Download(download), Some(&ack));
+            }
+            Control::OpenWrite { path, mode } => {
+                let upload = Upload::open(path, mode)?;
+                self.relay(Relay::Upload(upload), Some(&ControlAck::done()));
+            }
+            // The answer comes when the connection is there, or is not.
+            Control::Connect { port } => self.relay(Relay::Tcp(Tcp::dial(self.id, port)?), None),
+            action => self.answer(&control::act(action, &mut shared.uploads)?, shared),
         }
-        // Room for frames that were held back.
-        self.parse(shared)
+        Ok(())
     }
 
-    /// Forwards what one output has, once: other sessions get their turn.
-    fn read_output(&mut self, index: usize) -> io::Result<()> {
-        let State::Running(process) = &mut self.state else {
-            return Ok(());
-        };
-        let (exited, grace_over) = (process.exit.is_some(), process.grace_over);
-        let Some(slot) = process.outputs.get_mut(index) else {
-            return Ok(());
-        };
-        while let Some(output) = slot {
-            if grace_over && output.owed == 0 {
-                *slot = None;
-                break;
-            }
-            if !self.outbox.has_room() {
-                break;
-            }
-            match self.outbox.fill(output.kind, output.fd.as_fd()) {
-                Ok(read) if read > 0 => {
-                    output.owed = output.owed.saturating_sub(read);
-                    // While the process runs one read an event is fair; after its end only what is left is read.
-                    if !exited {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    output.owed = 0;
-                    if !grace_over {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // End-of-file; a terminal says EIO when its last user is gone.
-                Ok(_) | Err(_) => *slot = None,
-            }
-        }
-        self.outbox.flush(self.socket.as_fd())
+    fn run_errand(&mut self, errand: Errand, path: &str, shared: &mut Shared) -> Result<(), Refusal> {
+        let process = Process::run_errand(errand, path, self.id, shared)?;
+        self.acknowledge(&ControlAck::done());
+        self.state = State::Running(Box::new(process));
+        Ok(())
     }
 
+    fn relay(&mut self, relay: Relay, ack: Option<&ControlAck>) {
+        if let Some(ack) = ack {
+            self.acknowledge(ack);
+        }
+        self.state = State::Relaying(Box::new(relay));
+    }
+
+    /// Acts on what a stream has come to.
+    fn follow(&mut self, step: Step, shared: &mut Shared) {
+        match step {
+            Step::Continues => {}
+            Step::Opened => self.acknowledge(&ControlAck::done()),
+            Step::Refused(refusal) => self.answer(&refusal.into(), shared),
+            Step::Over => self.finish(Kind::Exit, &Exit { code: 0, peak_rss_kib: None }.encode(), shared),
+            Step::Failed(failure) => self.fail(&failure, shared),
+        }
+    }
+
+    fn acknowledge(&mut self, ack: &ControlAck) {
+        self.outbox.push(Kind::Control, &serde_json::to_vec(ack).unwrap_or_default());
+    }
+
+    /// Queues the only answer that there will be.
+    fn answer(&mut self, ack: &ControlAck, shared: &mut Shared) {
+        self.finish(Kind::Control, &serde_json::to_vec(ack).unwrap_or_default(), shared);
+    }
+
+    fn fail(&mut self, failure: &Failure, shared: &mut Shared) {
+        self.finish(Kind::Error, failure.to_string().as_bytes(), shared);
+    }
+
+    /// Queues the last frame.
     fn finish(&mut self, kind: Kind, payload: &[u8], shared: &mut Shared) {
         self.outbox.push(kind, payload);
         self.state = State::Closing(false);
@@ -371,11 +334,13 @@ impl Session {
             self.abandon(shared);
             return Fate::Over;
         }
-        if let State::Running(process) = &mut self.state
-            && let Some(exit) = process.exit
-            && process.outputs.iter().all(Option::is_none)
+        if let State::Running(process) = &self.state
+            && let Some(end) = process.end()
         {
-            self.finish(Kind::Exit, &exit.encode(), shared);
+            match end {
+                Ok(exit) => self.finish(Kind::Exit, &exit.encode(), shared),
+                Err(failure) => self.fail(&failure, shared),
+            }
         }
         if self.outbox.flush(self.socket.as_fd()).is_err() {
             self.abandon(shared);
@@ -400,84 +365,16 @@ impl Session {
     }
 
     fn update_interests(&mut self, shared: &Shared) -> io::Result<()> {
+        let wants_turn = matches!(&self.state, State::Relaying(relay) if relay.wants_turn());
         let mut socket = EventFlags::RDHUP;
         socket.set(EventFlags::IN, self.wants_input());
-        socket.set(EventFlags::OUT, !self.outbox.is_empty());
+        socket.set(EventFlags::OUT, wants_turn || !self.outbox.is_empty());
         self.socket.want(&shared.poll, Some(socket))?;
         let has_room = self.outbox.has_room();
-        if let State::Running(process) = &mut self.state {
-            for output in process.outputs.iter_mut().flatten() {
-                output.fd.want(&shared.poll, has_room.then_some(EventFlags::IN))?;
-            }
-            if let Some(stdin) = &mut process.stdin {
-                let waiting = !process.backlog.is_empty();
-                stdin.want(&shared.poll, waiting.then_some(EventFlags::OUT))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Process {
-    fn on_frame(&mut self, kind: Kind, payload: Bytes) {
-        match kind {
-            Kind::Stdin if payload.is_empty() => self.end_stdin(),
-            Kind::Stdin => self.queue_stdin(payload),
-            Kind::Signal => {
-                if let (Some(&signal), Some(pid)) = (payload.first(), self.pid) {
-                    kill_group(pid, signal);
-                }
-            }
-            Kind::Resize => {
-                if let (true, &[a, b, c, d], Some(Some(terminal))) = (self.terminal, &payload[..], self.outputs.first())
-                {
-                    // A terminal that is gone has no size; the process's end is on its way.
-                    let _ = launch::resize(terminal.fd.as_fd(), u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn queue_stdin(&mut self, payload: Bytes) {
-        if self.stdin.is_some() && !self.stdin_ended {
-            self.backlog_len += payload.len();
-            self.backlog.push_back(payload);
-            self.write_stdin();
-        }
-    }
-
-    fn end_stdin(&mut self) {
-        if self.terminal {
-            self.queue_stdin(Bytes::from_static(END_OF_TRANSMISSION));
-        } else {
-            self.stdin_ended = true;
-            self.write_stdin();
-        }
-    }
-
-    /// Writes what the process takes; a process that closed its input gets no more, and that is not an error.
-    fn write_stdin(&mut self) {
-        while let (Some(stdin), Some(front)) = (&self.stdin, self.backlog.front_mut()) {
-            match rustix::io::write(stdin, front) {
-                Ok(written) => {
-                    self.backlog_len -= written;
-                    front.advance(written);
-                    if front.is_empty() {
-                        self.backlog.pop_front();
-                    }
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return,
-                Err(_) => self.stdin = None,
-            }
-        }
-        if self.stdin_ended {
-            self.stdin = None;
-        }
-        if self.stdin.is_none() {
-            self.backlog.clear();
-            self.backlog_len = 0;
+        match &mut self.state {
+            State::Running(process) => process.watch(&shared.poll, has_room),
+            State::Relaying(relay) => relay.watch(&shared.poll, has_room),
+            State::Waiting | State::Closing(_) => Ok(()),
         }
     }
 }

@@ -66,7 +66,7 @@ async fn probe_tells_the_protocol() {
     let agent = Agent::start().await;
     assert_eq!(probe(&*agent.connector(), PATIENCE).await.expect("answers").protocol, kiln_wire::PROTOCOL);
     let acks = session(&agent, &[Frame::new(Kind::Control, &b"{\"action\":\"probe\"}"[..])]);
-    assert_eq!(acks, [Frame::new(Kind::Control, &b"{\"ok\":true,\"protocol\":5}"[..])]);
+    assert_eq!(acks, [Frame::new(Kind::Control, &br#"{"ok":true,"protocol":5,"features":["started","streams"]}"#[..])]);
 }
 
 #[tokio::test]

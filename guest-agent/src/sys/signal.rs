@@ -60,3 +60,9 @@ pub(crate) fn kill_group(pgid: i32, signal: u8) {
         unsafe { libc::kill(-pgid, i32::from(signal)) };
     }
 }
+
+/// Whether group `pgid` has a process, a zombie included.
+pub(crate) fn group_exists(pgid: i32) -> bool {
+    // SAFETY: kill takes numbers only; signal 0 is not delivered, and group 0 and -1 are excluded.
+    pgid > 1 && (unsafe { libc::kill(-pgid, 0) } == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH))
+}
