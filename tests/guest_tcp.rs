@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 /// Starts a server in the guest that runs `program` for each connection, and waits until it listens.
 async fn serve(vm: &Vm, port: u16, program: &str) -> kiln::ExecChild {
     let port = port.to_string();
-    let argv = ["nc", "-lk", "-p", &port, "-s", "127.0.0.1", "-e", "sh", "-c", program];
+    let argv = ["nc", "-ll", "-p", &port, "-e", "sh", "-c", program];
     let server = vm.exec(argv).await.expect("starts");
     until(vm, &format!("netstat -ltn | grep -c :{port}"), "1\n").await;
     server

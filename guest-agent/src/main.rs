@@ -13,6 +13,7 @@ mod boot;
 mod control;
 mod files;
 mod helper;
+mod kin;
 mod launch;
 mod outbox;
 mod poll;

@@ -15,6 +15,7 @@ use rustix::event::epoll::EventFlags;
 use crate::backlog::Backlog;
 use crate::files;
 use crate::helper;
+use crate::kin::Kin;
 use crate::launch;
 use crate::launch::AgentEnds;
 use crate::launch::Plan;
@@ -145,6 +146,11 @@ impl Process {
     /// The running command's id, which is also its group's.
     pub(crate) const fn pid(&self) -> Option<i32> {
         self.pid
+    }
+
+    /// Whom the running command's hang-up concerns.
+    pub(crate) fn kin(&self) -> Option<Kin> {
+        self.pid.map(if self.terminal { Kin::Session } else { Kin::Group })
     }
 
     /// Whether frames may be read from the host.

@@ -13,6 +13,7 @@ use std::time::Instant;
 use rustix::event::epoll::EventFlags;
 use rustix::net::SocketFlags;
 
+use crate::kin::Kin;
 use crate::launch::Defaults;
 use crate::poll::Poll;
 use crate::poll::Ready;
@@ -40,7 +41,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
     Session(u32),
-    KillGroup(i32),
+    Kill(Kin),
     Accept,
 }
 
@@ -59,9 +60,12 @@ impl Timers {
         self.queue.extend(new.map(|when| (when, Timer::Session(id))));
     }
 
-    /// Group `pgid` needs no killing any more.
-    fn spare_group(&mut self, pgid: i32) {
-        self.queue.retain(|(_, timer)| *timer != Timer::KillGroup(pgid));
+    /// What process `leader` led needs no killing any more, if `gone` agrees.
+    fn spare(&mut self, leader: i32, gone: impl Fn(Kin) -> bool) {
+        self.queue.retain(|(_, timer)| match timer {
+            Timer::Kill(kin) if kin.leader() == leader => !gone(*kin),
+            _ => true,
+        });
     }
 
     fn next(&self) -> Option<Instant> {
@@ -93,21 +97,21 @@ impl Shared {
     /// Process `pid` has been started for `session`.
     pub(crate) fn adopt(&mut self, pid: i32, session: u32) {
         // Should the number have belonged to a group that hung up, it is another's now.
-        self.timers.spare_group(pid);
+        self.timers.spare(pid, |_| true);
         self.children.insert(pid, session);
     }
 
-    /// SIGHUP for process group `pgid` now, SIGKILL for what is left of it after a grace.
+    /// SIGHUP for `kin` now, SIGKILL for what is left of it after a grace.
     ///
-    /// The number cannot name another group by then, save in one unlikely case: it stays taken while the group has a process or
+    /// The number cannot name another group by then, save in one unlikely case: it stays taken while the group or session has a process or
     /// its leader is not reaped; the agent withdraws the SIGKILL when it reaps the leader of a group that is otherwise
     /// gone, and when it starts a process of that number itself. What is left are processes of the group that outlive their leader and
     /// all end within the grace, while the system's counter of numbers goes round once.
-    pub(crate) fn hang_up(&mut self, pgid: i32) {
-        signal::kill_group(pgid, libc::SIGHUP as u8);
+    pub(crate) fn hang_up(&mut self, kin: Kin) {
+        kin.signal(libc::SIGHUP as u8);
         // A stopped process would not act on the signal.
-        signal::kill_group(pgid, libc::SIGCONT as u8);
-        self.timers.queue.insert((Instant::now() + HANG_UP_GRACE, Timer::KillGroup(pgid)));
+        kin.signal(libc::SIGCONT as u8);
+        self.timers.queue.insert((Instant::now() + HANG_UP_GRACE, Timer::Kill(kin)));
     }
 }
 
@@ -212,8 +216,8 @@ impl Server {
         // One SIGCHLD may stand for many ends.
         while let Some(reaped) = process::reap() {
             let session = self.shared.children.remove(&reaped.pid);
-            if session.is_none() && !signal::group_exists(reaped.pid) {
-                self.shared.timers.spare_group(reaped.pid);
+            if session.is_none() {
+                self.shared.timers.spare(reaped.pid, |kin| !kin.exists());
             }
             if let Some(id) = session
                 && let Some(session) = self.sessions.get_mut(&id)
@@ -228,7 +232,7 @@ impl Server {
         let now = Instant::now();
         while let Some(timer) = self.shared.timers.pop_due(now) {
             match timer {
-                Timer::KillGroup(pgid) => signal::kill_group(pgid, libc::SIGKILL as u8),
+                Timer::Kill(kin) => kin.signal(libc::SIGKILL as u8),
                 Timer::Accept => self.listener.want(&self.shared.poll, Some(EventFlags::IN))?,
                 Timer::Session(id) => {
                     if let Some(session) = self.sessions.get_mut(&id) {
@@ -246,8 +250,8 @@ impl Server {
             session.abandon(&mut self.shared);
         }
         for (_, timer) in std::mem::take(&mut self.shared.timers.queue) {
-            if let Timer::KillGroup(pgid) = timer {
-                signal::kill_group(pgid, libc::SIGKILL as u8);
+            if let Timer::Kill(kin) = timer {
+                kin.signal(libc::SIGKILL as u8);
             }
         }
     }

@@ -154,13 +154,13 @@ impl Session {
         }
     }
 
-    /// The host is gone, or the agent stops: the process group goes too.
+    /// The host is gone, or the agent stops: the process group goes too, and on a terminal every job.
     pub(crate) fn abandon(&self, shared: &mut Shared) {
         if let State::Running(process) = &self.state
-            && let Some(pid) = process.pid()
+            && let Some(kin) = process.kin()
         {
-            shared.children.remove(&pid);
-            shared.hang_up(pid);
+            shared.children.remove(&kin.leader());
+            shared.hang_up(kin);
         }
     }
 
