@@ -305,6 +305,7 @@ struct Spot<'a> {
     name: &'a Name<'a>,
 }
 
+#[cfg_attr(target_vendor = "apple", allow(dead_code, reason = "it makes none"))]
 enum Node {
     Fifo,
     Char(u32, u32),
