@@ -11,7 +11,6 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use kiln::exec::ExecBuilder;
-use kiln::exec::ExecSignaller;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncWrite;
 use tokio::io::AsyncWriteExt;
@@ -49,7 +48,7 @@ async fn run() -> Result<ExitStatus, Box<dyn Error>> {
     let signaller = child.signaller();
     let (interrupts, terminations) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     for (mut signals, number) in [(interrupts, 2), (terminations, 15)] {
-        let signaller: ExecSignaller = signaller.clone();
+        let signaller = signaller.clone();
         tokio::spawn(async move {
             // Until the command has ended.
             while signals.recv().await.is_some() && signaller.signal(number).await.is_ok() {}
@@ -94,5 +93,11 @@ fn command(mut args: impl Iterator<Item = String>) -> Result<ExecBuilder, Box<dy
 
 /// The error and what led to it, on one line.
 fn with_sources(error: &dyn Error) -> String {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line += &format!(": {error}");
+        source = error.source();
+    }
+    line
 }

@@ -7,12 +7,13 @@
 pub mod agent;
 mod case;
 pub mod host;
-pub mod program;
+mod program;
 mod report;
 mod session;
 
 pub use case::Case;
 pub use case::Finding;
+pub use program::CommandLine;
 pub use report::Line;
 pub use report::Only;
 pub use report::Report;

@@ -14,7 +14,7 @@ use kiln_conformance::Report;
 use kiln_conformance::agent;
 use kiln_conformance::agent::Target;
 use kiln_conformance::host;
-use kiln_conformance::program::CommandLine;
+use kiln_conformance::CommandLine;
 
 /// Checks an agent or a host against the numbered cases of docs/exec-protocol.md.
 ///

@@ -119,7 +119,7 @@ fn daemon(agent: &Subject) -> Result<(), Finding> {
 
 fn disconnect(agent: &Subject) -> Result<(), Finding> {
     let life = agent.life("disconnect")?;
-    let script = "trap 'echo hup > got-hup; exit' HUP; echo up; while :; do sleep 1; done";
+    let script = "trap 'echo hup > got-hup; exit' HUP; echo up; sleep 300";
     let mut session = agent.start_sh(&format!("{} {script}", life.held()))?;
     session.hear("up\n")?;
     // Stopped, it sees the SIGHUP only with the SIGCONT.
@@ -131,7 +131,7 @@ fn disconnect(agent: &Subject) -> Result<(), Finding> {
 
 fn stubborn(agent: &Subject) -> Result<(), Finding> {
     let life = agent.life("stubborn")?;
-    let script = "trap '' HUP TERM INT; echo up; while :; do sleep 1; done";
+    let script = "trap '' HUP TERM INT; echo up; sleep 300";
     let mut session = agent.start_sh(&format!("{} {script}", life.held()))?;
     session.hear("up\n")?;
     drop(session);

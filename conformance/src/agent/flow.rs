@@ -7,6 +7,7 @@ use kiln_wire::frame::Kind;
 
 use super::Subject;
 use super::subject::argv;
+use super::subject::until;
 use crate::case::Case;
 use crate::case::Finding;
 use crate::case::ensure;
@@ -61,8 +62,8 @@ fn flooded(agent: &Subject, script: &str) -> Result<(Session, usize), Finding> {
 }
 
 fn backlog(agent: &Subject) -> Result<(), Finding> {
-    let script = "echo up; until test -e backlog-go; do sleep 1; done; cat | cksum";
-    let (mut session, sent) = flooded(agent, script)?;
+    let script = format!("echo up; {}; cksum", until("backlog-go"));
+    let (mut session, sent) = flooded(agent, &script)?;
     agent.sh(": > backlog-go")?.exits(0)?;
     session.send_bytes(&vec![0; FLOOD - sent])?;
     session.end_of_input()?;
@@ -71,8 +72,9 @@ fn backlog(agent: &Subject) -> Result<(), Finding> {
 }
 
 fn signal_behind(agent: &Subject) -> Result<(), Finding> {
-    let script = "trap 'exit 9' TERM; echo up; until test -e signal-go; do sleep 1; done; while :; do cat > /dev/null; done";
-    let mut session = agent.start_sh(script)?;
+    // It reads on, so that the signal arrives; its input has no end.
+    let script = format!("trap 'exit 9' TERM; echo up; {}; cat > /dev/null", until("signal-go"));
+    let mut session = agent.start_sh(&script)?;
     session.hear("up\n")?;
     // Fits what the agent and the pipe take together.
     session.send(Kind::Stdin, vec![0; 160 << 10])?;
@@ -82,8 +84,8 @@ fn signal_behind(agent: &Subject) -> Result<(), Finding> {
 }
 
 fn output_meanwhile(agent: &Subject) -> Result<(), Finding> {
-    let script = "echo up; until test -e output-go; do sleep 1; done; echo out; echo err >&2; exit 4";
-    let (mut session, _) = flooded(agent, script)?;
+    let script = format!("echo up; {}; echo out; echo err >&2; exit 4", until("output-go"));
+    let (mut session, _) = flooded(agent, &script)?;
     agent.sh(": > output-go")?.exits(0)?;
     let seen = session.rest()?;
     seen.exits(4)?;

@@ -5,6 +5,7 @@ use kiln_wire::frame::Kind;
 
 use super::Subject;
 use super::subject::argv;
+use super::subject::until;
 use crate::case::Case;
 use crate::case::Finding;
 use crate::case::same;
@@ -61,8 +62,8 @@ fn apart(agent: &Subject) -> Result<(), Finding> {
 }
 
 fn closed_input(agent: &Subject) -> Result<(), Finding> {
-    let script = "exec <&-; echo closed; until test -e closed-go; do sleep 1; done; echo done";
-    let mut session = agent.start_sh(script)?;
+    let script = format!("exec <&-; echo closed; {}; echo done", until("closed-go"));
+    let mut session = agent.start_sh(&script)?;
     session.hear("closed\n")?;
     session.send(Kind::Stdin, vec![0; 4 << 20])?;
     agent.sh(": > closed-go")?.exits(0)?;

@@ -273,6 +273,11 @@ pub(super) fn staged(path: String, content: &[u8], mode: Option<u32>) -> StageFi
     StageFile { path, data_b64: STANDARD.encode(content), mode }
 }
 
+/// What a script says to wait for the file `name`; no longer than the suite lasts, whose folder goes away at its end.
+pub(super) fn until(name: &str) -> String {
+    format!("while test -d \"$FOLDER\" && ! test -e {name}; do sleep 1; done")
+}
+
 fn wait_until_it_listens(socket: &Path, process: &mut Running) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {

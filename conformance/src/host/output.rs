@@ -1,6 +1,5 @@
 //! What the host makes of STDOUT and STDERR frames.
 
-use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -81,12 +80,11 @@ fn unknown(host: &Subject) -> Result<(), Finding> {
 }
 
 fn stuck_input(host: &Subject) -> Result<(), Finding> {
-    let (mut host, mut session, _) = host.requested(&["program"])?;
+    let (mut host, session, _) = host.requested(&["program"])?;
     // Never read at our end.
     host.feed(vec![0; 8 << 20]);
-    session.send(Kind::Stdout, vec![b'x'; 1 << 20])?;
-    session.send_all(&[exit(0)])?;
-    let outcome = host.outcome()?;
+    let bytes = encoded(&[frame(Kind::Stdout, vec![b'x'; 1 << 20]), exit(0)])?;
+    let outcome = host.outcome_of(session, bytes.to_vec())?;
     outcome.ends(0)?;
     ensure(outcome.stdout.len() == 1 << 20, || format!("{} of 1048576 bytes", outcome.stdout.len()))
 }
@@ -102,17 +100,13 @@ fn before_the_end(host: &Subject) -> Result<(), Finding> {
 fn unread(host: &Subject) -> Result<(), Finding> {
     const FLOOD: usize = 64 << 20;
     let (host, mut session, _) = host.requested(&["program"])?;
-    let frames = encoded(&vec![frame(Kind::Stdout, vec![b'x'; 1 << 20]); FLOOD >> 20])?;
+    let mut frames = vec![frame(Kind::Stdout, vec![b'x'; 1 << 20]); FLOOD >> 20];
+    frames.push(exit(0));
+    let frames = encoded(&frames)?;
     let sent = session.send_until_stuck(&frames, STALL)?;
     ensure(sent < FLOOD, || format!("{FLOOD} bytes were taken that nobody reads"))?;
     let rest = frames.get(sent..).unwrap_or_default().to_vec();
-    let sender = thread::spawn(move || {
-        session.send_bytes(&rest)?;
-        session.send_all(&[exit(0)])
-    });
-    let outcome = host.outcome()?;
-    // The session's writes have a deadline, so the thread comes to an end.
-    sender.join().map_err(|_| Finding::new("sending failed"))??;
+    let outcome = host.outcome_of(session, rest)?;
     outcome.ends(0)?;
     ensure(outcome.stdout.len() == FLOOD, || format!("{} of {FLOOD} bytes", outcome.stdout.len()))
 }

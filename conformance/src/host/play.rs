@@ -106,11 +106,8 @@ impl Subject {
     }
 
     pub(super) fn told_bytes(&self, bytes: &[u8]) -> Result<Outcome, Finding> {
-        let (host, mut session, _) = self.requested(&["program"])?;
-        session.send_bytes(bytes)?;
-        // Only our direction: what the host still sends finds a reader.
-        session.half_close()?;
-        host.outcome()
+        let (host, session, _) = self.requested(&["program"])?;
+        host.outcome_of(session, bytes.to_vec())
     }
 }
 
@@ -204,6 +201,15 @@ impl Host {
         }
     }
 
+    /// Waits for the program to end by itself, while an agent says `bytes`: neither waits for the other.
+    pub(super) fn outcome_of(self, session: Session, bytes: Vec<u8>) -> Result<Outcome, Finding> {
+        let speaker = thread::spawn(move || say(session, &bytes));
+        let outcome = self.outcome();
+        // Its writes have deadlines, so it comes to an end. A host that ended before it had heard everything shows in the outcome.
+        let _session = speaker.join().map_err(|_| Finding::new("the suite's own thread failed"))?;
+        outcome
+    }
+
     /// Waits for the program to end by itself.
     pub(super) fn outcome(mut self) -> Result<Outcome, Finding> {
         let (stdout, stderr) = (self.stdout.all()?, self.stderr.all()?);
@@ -211,6 +217,13 @@ impl Host {
         let status = ended.ok_or_else(|| Finding::new(format!("the program still runs after {PATIENCE:?}")))?;
         Ok(Outcome { status, stdout, stderr })
     }
+}
+
+/// Says `bytes` and closes the agent's direction only, so that what the host still sends finds a reader.
+fn say(mut session: Session, bytes: &[u8]) -> Result<Session, Finding> {
+    session.send_bytes(bytes)?;
+    session.half_close()?;
+    Ok(session)
 }
 
 /// How a run of the program ended.
