@@ -8,13 +8,13 @@ use anyhow::Result;
 use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
+use kiln_conformance::CommandLine;
 use kiln_conformance::Line;
 use kiln_conformance::Only;
 use kiln_conformance::Report;
 use kiln_conformance::agent;
 use kiln_conformance::agent::Target;
 use kiln_conformance::host;
-use kiln_conformance::CommandLine;
 
 /// Checks an agent or a host against the numbered cases of docs/exec-protocol.md.
 ///

@@ -21,7 +21,7 @@ use crate::case::Finding;
 use crate::case::quoted;
 
 /// Longer than anything here takes on a busy machine, so that a hang is a finding and not a wait for ever.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes read from the socket at once.
 const READ_BUFFER: usize = 64 << 10;

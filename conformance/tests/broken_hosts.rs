@@ -2,7 +2,10 @@
 //!
 //! The host is this very program, started again with the fault as its first argument; hence no test harness, and a main that says
 //! in cargo's words what came of the checks.
-#![allow(clippy::print_stdout, reason = "it is a host program, which prints what its process prints, and its own harness")]
+#![allow(
+    clippy::print_stdout,
+    reason = "it is a host program, which prints what its process prints, and its own harness"
+)]
 
 use std::io;
 use std::io::Read;
@@ -51,7 +54,8 @@ fn main() -> ExitCode {
     if let [flag, fault, socket, _, argv @ ..] = &arguments[..]
         && flag == HOST
     {
-        return ExitCode::from(Host { fault }.run(socket, argv).unwrap_or(125));
+        let code = Host { fault }.run(socket, argv).or_else(|error| failed(error.to_string().as_bytes()));
+        return ExitCode::from(code.unwrap_or(125));
     }
     let failed: Vec<String> = FAULTS.iter().filter_map(|(fault, case)| unnoticed(fault, case)).collect();
     for failure in &failed {

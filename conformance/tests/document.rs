@@ -36,8 +36,7 @@ fn the_document_lists_every_case_and_no_other() {
 #[test]
 fn numbers_are_consecutive() {
     let numbered = |letter: char, count| (1..=count).map(move |number| format!("{letter}{number:02}"));
-    let expected: Vec<_> =
-        numbered('A', agent::cases().count()).chain(numbered('H', host::cases().count())).collect();
+    let expected: Vec<_> = numbered('A', agent::cases().count()).chain(numbered('H', host::cases().count())).collect();
     assert_eq!(cases().into_iter().map(|(id, _)| id).collect::<Vec<_>>(), expected);
 }
 

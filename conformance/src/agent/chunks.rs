@@ -18,14 +18,18 @@ use crate::case::same;
 const PIECE: u64 = 8 << 20;
 
 pub(super) const CASES: &[Case<Subject>] = &[
-    Case::new("A89", "write_file_chunk puts pieces together, and nothing is at path before the last", pieces).requires(&[CHUNKS]),
+    Case::new("A89", "write_file_chunk puts pieces together, and nothing is at path before the last", pieces)
+        .requires(&[CHUNKS]),
     Case::new("A90", "the last piece's mode counts, 0644 by default", mode).requires(&[CHUNKS]),
-    Case::new("A91", "offset 0 and a new token start afresh, any other offset than the next is refused", offsets).requires(&[CHUNKS]),
+    Case::new("A91", "offset 0 and a new token start afresh, any other offset than the next is refused", offsets)
+        .requires(&[CHUNKS]),
     Case::new("A92", "a piece has 8 MiB at most", largest).requires(&[CHUNKS]),
-    Case::new("A93", "of 65 unfinished uploads the oldest is ended, and its bytes are removed", unfinished).requires(&[CHUNKS]),
+    Case::new("A93", "of 65 unfinished uploads the oldest is ended, and its bytes are removed", unfinished)
+        .requires(&[CHUNKS]),
     Case::new("A94", "read_file_chunk gives len bytes from offset, and the size", read).requires(&[CHUNKS]),
     Case::new("A95", "read_file_chunk gives 8 MiB at most", read_largest).requires(&[CHUNKS]),
-    Case::new("A96", "read_file_chunk refuses what is larger than max_bytes or no regular file", read_refused).requires(&[CHUNKS]),
+    Case::new("A96", "read_file_chunk refuses what is larger than max_bytes or no regular file", read_refused)
+        .requires(&[CHUNKS]),
 ];
 
 /// A piece of an upload; `mode` goes with the last one.

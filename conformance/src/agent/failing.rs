@@ -17,7 +17,11 @@ use crate::session::Transcript;
 
 pub(super) const CASES: &[Case<Subject>] = &[
     Case::new("A27", "a program that does not exist is not found, or EXIT 127 without text", not_found),
-    Case::new("A28", "a program without permission, of no known kind or without its interpreter is not executable", not_executable),
+    Case::new(
+        "A28",
+        "a program without permission, of no known kind or without its interpreter is not executable",
+        not_executable,
+    ),
     Case::new("A29", "a working directory that cannot be entered is a bad cwd", bad_cwd),
     Case::new("A30", "a user or group that the image has not is unknown", unknown_user),
     Case::new("A31", "a REQUEST that is not its JSON is a bad request", malformed),

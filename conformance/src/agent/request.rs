@@ -165,7 +165,8 @@ fn somebody(agent: &Subject) -> Result<(String, String, String), Finding> {
 fn user_name(agent: &Subject) -> Result<(), Finding> {
     let (name, uid, gid) = somebody(agent)?;
     for user in [&name, &uid] {
-        let request = Request { user: Some(user.clone()), cwd: Some("/".to_owned()), ..argv(&["sh", "-c", "id -u; id -g"]) };
+        let request =
+            Request { user: Some(user.clone()), cwd: Some("/".to_owned()), ..argv(&["sh", "-c", "id -u; id -g"]) };
         let seen = agent.run(&request)?;
         seen.prints(format!("{uid}\n{gid}\n")).map_err(|finding| Finding::new(format!("user {user:?}: {finding}")))?;
     }

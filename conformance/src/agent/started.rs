@@ -16,7 +16,8 @@ use crate::session::describe;
 
 pub(super) const CASES: &[Case<Subject>] = &[
     Case::new("A97", "STARTED is not sent to a host that did not ask", unasked),
-    Case::new("A98", "STARTED comes before any other frame, as soon as the process runs", first).requires(&[feature::STARTED]),
+    Case::new("A98", "STARTED comes before any other frame, as soon as the process runs", first)
+        .requires(&[feature::STARTED]),
     Case::new("A99", "STARTED has the pid of the process", pid).requires(&[feature::STARTED]),
     Case::new("A100", "STARTED comes once, chain or not", once).requires(&[feature::STARTED]),
     Case::new("A101", "STARTED does not come when the process does not start", never).requires(&[feature::STARTED]),

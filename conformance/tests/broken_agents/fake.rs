@@ -114,9 +114,7 @@ impl Connection {
         let promised = if self.fault == Fault::PromisesStreams { vec!["streams".to_owned()] } else { Vec::new() };
         let protocol = if self.fault == Fault::OtherProtocol { 4 } else { 5 };
         match serde_json::from_slice(payload) {
-            Ok(Control::Probe) => {
-                ControlAck { protocol: Some(protocol), features: promised, ..ControlAck::done() }
-            }
+            Ok(Control::Probe) => ControlAck { protocol: Some(protocol), features: promised, ..ControlAck::done() },
             Ok(_) => ControlAck::refused("unknown CONTROL action"),
             Err(error) => ControlAck::refused(error.to_string()),
         }
@@ -129,33 +127,36 @@ impl Connection {
         let stream = self.stream.try_clone()?;
         thread::spawn(move || {
             listen(frames, stdin, group, fault);
+            // Gone or a rule breaker: it is told nothing more. Fails when it is gone altogether.
+            let _ = stream.shutdown(Shutdown::Both);
             if fault != Fault::NeverKills {
                 kill("KILL", &format!("-{group}"));
             }
-            drop(stream);
         });
         let stderr_kind = if fault == Fault::MergesStderr { Kind::Stdout } else { Kind::Stderr };
-        let forward = |pipe: Box<dyn Read + Send>, kind, forget| {
+        let forward = |pipe: Box<dyn Read + Send>, kind, keep| {
             let sender = Arc::clone(sender);
-            thread::spawn(move || forward(pipe, &sender, kind, forget))
+            thread::spawn(move || forward(pipe, &sender, kind, keep))
         };
         let outputs = [
-            stdout.map(|pipe| forward(Box::new(pipe), Kind::Stdout, false)),
+            stdout.map(|pipe| forward(Box::new(pipe), Kind::Stdout, fault == Fault::ExitBeforeOutput)),
             stderr.map(|pipe| forward(Box::new(pipe), stderr_kind, fault == Fault::ForgetsStderr)),
         ];
-        if fault == Fault::ExitBeforeOutput {
-            send(sender, Kind::Exit, Exit { code: 3, peak_rss_kib: None }.encode())?;
-        }
         // Outputs that daemons hold are waited for; the fake does not care.
-        for output in outputs.into_iter().flatten() {
-            drop(output.join());
-        }
+        let held: Vec<_> = outputs.into_iter().flatten().filter_map(|output| output.join().ok()).collect();
         let status = child.wait()?;
         let signal = status.signal().map(|signal| if fault == Fault::BareSignal { signal } else { 128 + signal });
         let code = u32::try_from(status.code().or(signal).unwrap_or_default()).unwrap_or_default();
         let exit = Exit { code, peak_rss_kib: None }.encode();
-        let exit = if fault == Fault::LongExit { [&exit[..], b"long"].concat().into() } else { exit };
-        send(sender, Kind::Exit, exit)
+        let exit = if fault == Fault::LongExit && code != 0 { [&exit[..], b"long"].concat().into() } else { exit };
+        send(sender, Kind::Exit, exit)?;
+        for late in held {
+            let late = late?;
+            if !late.is_empty() {
+                send(sender, Kind::Stdout, late)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -171,15 +172,15 @@ fn start(request: &Request) -> io::Result<Child> {
     command.spawn()
 }
 
-fn forward(mut pipe: Box<dyn Read + Send>, sender: &Sender, kind: Kind, forget: bool) -> io::Result<()> {
-    let mut buffer = vec![0; 16 << 10];
+/// Sends what comes out of `pipe`, or keeps it.
+fn forward(mut pipe: Box<dyn Read + Send>, sender: &Sender, kind: Kind, keep: bool) -> io::Result<Vec<u8>> {
+    let (mut buffer, mut kept) = (vec![0; 16 << 10], Vec::new());
     loop {
         let read = pipe.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(());
-        }
-        if !forget {
-            send(sender, kind, buffer[..read].to_vec())?;
+        match &buffer[..read] {
+            [] => return Ok(kept),
+            bytes if keep => kept.extend_from_slice(bytes),
+            bytes => send(sender, kind, bytes.to_vec())?,
         }
     }
 }
@@ -216,7 +217,7 @@ fn listen(mut frames: Frames, mut stdin: Option<ChildStdin>, group: u32, fault: 
 
 /// With the shell's own `kill`, since the crate has no system calls; whoever is gone already is no matter.
 fn kill(signal: &str, whom: &str) {
-    let script = format!("kill -{signal} -- {whom}");
+    let script = format!("kill -s {signal} -- {whom}");
     let _ = Command::new("sh").args(["-c", &script]).stderr(Stdio::null()).status();
 }
 
