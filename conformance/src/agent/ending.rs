@@ -119,7 +119,8 @@ fn daemon(agent: &Subject) -> Result<(), Finding> {
 
 fn disconnect(agent: &Subject) -> Result<(), Finding> {
     let life = agent.life("disconnect")?;
-    let script = "trap 'echo hup > got-hup; exit' HUP; echo up; sleep 300";
+    // Waiting, so that the trap runs at once: a shell that is about to start a program runs it only after that.
+    let script = "trap 'echo hup > got-hup; exit' HUP; sleep 300 & echo up; wait";
     let mut session = agent.start_sh(&format!("{} {script}", life.held()))?;
     session.hear("up\n")?;
     // Stopped, it sees the SIGHUP only with the SIGCONT.
