@@ -78,7 +78,7 @@ fn fuzz(target: &str, seconds: u32) -> Result<()> {
     }
     let stats =
         said.lines().filter(|line| line.contains("number_of_executed_units") || line.contains("new_units_added"));
-    stats.for_each(|line| progress::say(line));
+    stats.for_each(progress::say);
     Ok(())
 }
 
