@@ -6,6 +6,7 @@ mod bench;
 mod busybox_image;
 mod cache;
 mod demo;
+mod fuzz;
 mod kernel;
 mod packages;
 mod process;
@@ -53,6 +54,14 @@ enum Task {
         /// The benchmarks to run: boot, exec_rtt, soft_cpu.
         names: Vec<String>,
     },
+    /// Fuzz what is parsed from strangers, with libFuzzer and the stable toolchain.
+    Fuzz {
+        /// The targets to run, all by default.
+        targets: Vec<String>,
+        /// How long each runs.
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        seconds: u32,
+    },
     /// Run what continuous integration runs.
     Ci,
 }
@@ -74,6 +83,7 @@ fn main() -> Result<()> {
         Task::BusyboxImage => println!("{}", busybox_image::ensure()?.display()),
         Task::Test => test::run()?,
         Task::Bench { names } => bench::run(&names)?,
+        Task::Fuzz { targets, seconds } => fuzz::run(&targets, seconds)?,
         Task::Ci => process::run(&mut workspace::ci_script())?,
     }
     Ok(())

@@ -1,0 +1,28 @@
+//! The agent keeps the protocol document: every numbered case holds, but for those of features that it does not announce.
+#![allow(clippy::print_stdout, reason = "the report is what this test is for")]
+
+use kiln_conformance::CommandLine;
+use kiln_conformance::Only;
+use kiln_conformance::Verdict;
+use kiln_conformance::agent;
+use kiln_conformance::agent::Target;
+
+/// What an agent in the test's own surroundings may lack.
+const LACKS: [&str; 3] =
+    ["agent does not announce feature", "agent does not serve files in chunks", "agent shares this machine"];
+
+#[test]
+fn every_case_for_agents_holds() {
+    let command = CommandLine::new([env!("CARGO_BIN_EXE_kiln-agent"), "--unix", "{socket}"]).expect("has a socket");
+    let report = agent::run(&Target::Command(command), &Only::default(), |_| {}).expect("the agent answers");
+    println!("{report}");
+    assert_eq!(report.failed(), 0, "{report}");
+    assert_eq!(report.lines.len(), agent::cases().count());
+    // As many as were there when no feature was; a suite that runs nothing must not pass.
+    assert!(report.passed() >= 86, "{report}");
+    for line in &report.lines {
+        if let Verdict::NotApplicable(why) = &line.verdict {
+            assert!(LACKS.iter().any(|lack| why.starts_with(lack)), "{line}");
+        }
+    }
+}
