@@ -82,7 +82,7 @@ async fn a_full_table_of_processes_is_told_and_passes() {
         }
         assert!(sleepers.len() < 400, "the table never fills");
     };
-    assert!(matches!(&refused, ExecError::Refused { text } if text.contains("cannot start a process")), "{refused:?}");
+    assert!(matches!(&refused, ExecError::System { errno: 11, detail } if detail.contains("cannot start")), "{refused:?}");
     assert!(sleepers.len() > 100, "{}", sleepers.len());
     // The agent itself needs no process for a file.
     vm.write_file("/tmp/note", "full").await.expect("written");
