@@ -30,7 +30,7 @@ struct Arguments {
 enum Subject {
     /// Check an agent, over a Unix socket.
     ///
-    /// The cases run small scripts in the guest. They assume a POSIX userland there and nothing else: sh, cat, cksum, cut, date, echo, env,
+    /// The cases run small scripts in the guest. They assume a userland there as POSIX has it, and md5sum: sh, cat, cut, date, echo, env,
     /// find, grep, head, id, kill, ln, ls, mkdir, mkfifo, printf, rm, sed, sleep, stty, test, tr, wc, and a /tmp.
     Agent {
         #[command(flatten)]

@@ -49,7 +49,8 @@ pub(crate) struct Process {
     chain: VecDeque<Vec<String>>,
     /// The other ends of the pipes, kept for the commands of the chain that are still to come.
     ends: Option<ProcessEnds>,
-    exit: Option<Exit>,
+    /// How the session ends, once what was printed before is forwarded.
+    exit: Option<Result<Exit, Failure>>,
     grace_over: bool,
     /// What a helper says on its standard error; absent for everything else.
     complaint: Option<Vec<u8>>,
@@ -178,26 +179,29 @@ impl Process {
         }
     }
 
-    /// The running command ended: the next one of the chain runs, or the exit is known.
-    pub(crate) fn on_exit(&mut self, reaped: Reaped, session: u32, shared: &mut Shared) -> Result<(), Failure> {
+    /// The running command ended: the next one of the chain runs, or the end of the session is known.
+    pub(crate) fn on_exit(&mut self, reaped: Reaped, session: u32, shared: &mut Shared) {
         self.pid = None;
         let next = if reaped.code == 0 { self.chain.pop_front() } else { None };
-        if let (Some(argv), Some(ends)) = (next, &self.ends) {
-            let started = self.plan.start(&argv, ends);
-            if self.chain.is_empty() || started.is_err() {
-                self.ends = None;
-            }
-            let pid = started?;
-            self.pid = Some(pid);
-            shared.adopt(pid, session);
-            return Ok(());
-        }
+        let end = match (next, &self.ends) {
+            (Some(argv), Some(ends)) => match self.plan.start(&argv, ends) {
+                Ok(pid) => {
+                    if self.chain.is_empty() {
+                        self.ends = None;
+                    }
+                    self.pid = Some(pid);
+                    shared.adopt(pid, session);
+                    return;
+                }
+                Err(failure) => Err(failure),
+            },
+            _ => Ok(Exit { code: reaped.code, peak_rss_kib: Some(reaped.peak_rss_kib) }),
+        };
         self.ends = None;
-        self.exit = Some(Exit { code: reaped.code, peak_rss_kib: Some(reaped.peak_rss_kib) });
+        self.exit = Some(end);
         for output in self.outputs.iter_mut().flatten() {
             output.owed = usize::try_from(rustix::io::ioctl_fionread(&output.fd).unwrap_or(0)).unwrap_or(0);
         }
-        Ok(())
     }
 
     /// The time for what others still write to the outputs is over, if the process has ended.
@@ -207,11 +211,11 @@ impl Process {
 
     /// How the session ends, once everything is forwarded.
     pub(crate) fn end(&self) -> Option<Result<Exit, Failure>> {
-        let exit = self.exit.filter(|_| self.outputs.iter().all(Option::is_none))?;
-        Some(match &self.complaint {
-            None => Ok(exit),
-            Some(_) if exit.code == 0 => Ok(Exit { code: 0, peak_rss_kib: None }),
-            Some(complaint) => Err(helper::explain(complaint, exit.code)),
+        let end = self.exit.as_ref().filter(|_| self.outputs.iter().all(Option::is_none))?;
+        Some(match (end, &self.complaint) {
+            (Ok(exit), Some(_)) if exit.code == 0 => Ok(Exit { code: 0, peak_rss_kib: None }),
+            (Ok(exit), Some(complaint)) => Err(helper::explain(complaint, exit.code)),
+            (end, _) => end.clone(),
         })
     }
 

@@ -129,10 +129,8 @@ impl Session {
         let State::Running(process) = &mut self.state else {
             return Fate::Continues;
         };
-        match process.on_exit(reaped, self.id, shared) {
-            Ok(()) => process.read_outputs(&mut self.outbox),
-            Err(failure) => self.fail(&failure, shared),
-        }
+        process.on_exit(reaped, self.id, shared);
+        process.read_outputs(&mut self.outbox);
         let fate = self.settle(Ok(()), shared);
         if fate == Fate::Continues && matches!(self.state, State::Running(_)) {
             self.set_timer(Some(Instant::now() + DRAIN_GRACE), shared);

@@ -75,7 +75,7 @@ impl Drop for Unattended<'_> {
 
 impl ExecChild {
     pub(crate) fn new(session: Session, kill_on_drop: bool) -> Self {
-        let Session { stdin, lanes, state, messages, kill, driver } = session;
+        let Session { stdin, lanes, state, messages, kill, driver, .. } = session;
         let driver = if kill_on_drop {
             Some(driver)
         } else {

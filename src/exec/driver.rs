@@ -45,6 +45,9 @@ const TIMEOUT_GRACE: Duration = Duration::from_millis(150);
 /// How long after a SIGKILL the EXIT may take before the connection is closed, at which the agent kills the group itself.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 
+/// How long a stream that was let go may take for what is on its way.
+const LET_GO_GRACE: Duration = Duration::from_secs(5);
+
 /// The code of a process that SIGKILL ended.
 const CODE_KILLED: u32 = 128 + SIGKILL as u32;
 
@@ -94,6 +97,8 @@ pub(crate) struct Driver {
     pub(crate) stdin: Option<mpsc::Receiver<Bytes>>,
     pub(crate) messages: mpsc::Receiver<Message>,
     pub(crate) kill: CancellationToken,
+    /// Nobody waits for the end any more; what is on its way shall still arrive.
+    pub(crate) let_go: CancellationToken,
     pub(crate) started: Instant,
     pub(crate) deadline: Option<Instant>,
     pub(crate) state: watch::Sender<State>,
@@ -126,7 +131,7 @@ impl Driver {
 
     /// The exit, and whether the deadline passed before it.
     async fn session(self) -> Result<(Exit, bool), ExecError> {
-        let Self { stream, mode, lanes, stdin, messages, kill, deadline, state, .. } = self;
+        let Self { stream, mode, lanes, stdin, messages, kill, let_go, deadline, state, .. } = self;
         let (read, write) = tokio::io::split(stream);
         let frames = FramedRead::with_capacity(read, FrameCodec::streaming(), READ_BUFFER);
         let reader = Reader { mode, lanes: &lanes, state: &state, begun: false };
@@ -150,6 +155,7 @@ impl Driver {
                     lanes.kill();
                     give_up = give_up.or_else(|| Some(Instant::now() + KILL_GRACE));
                 }
+                () = let_go.cancelled(), if give_up.is_none() => give_up = Some(Instant::now() + LET_GO_GRACE),
                 () = sleep_until(give_up) => {
                     return if timed_out { Ok((Exit { code: CODE_KILLED, peak_rss_kib: None }, true)) } else { Err(ExecError::hung_up()) };
                 }

@@ -63,6 +63,7 @@ pub(crate) struct Session {
     pub(crate) state: Progress,
     pub(crate) messages: mpsc::Sender<Message>,
     pub(crate) kill: CancellationToken,
+    pub(crate) let_go: CancellationToken,
     pub(crate) driver: AbortOnDropHandle<()>,
 }
 
@@ -79,7 +80,7 @@ impl Session {
         let (stdin, pieces) = if with_stdin { Some(ExecStdin::new()).unzip() } else { (None, None) };
         let (messages, message_queue) = mpsc::channel(MESSAGES);
         let (state, progress) = watch::channel(State::default());
-        let kill = CancellationToken::new();
+        let (kill, let_go) = (CancellationToken::new(), CancellationToken::new());
         let driver = Driver {
             stream,
             mode,
@@ -88,13 +89,14 @@ impl Session {
             stdin: pieces,
             messages: message_queue,
             kill: kill.clone(),
+            let_go: let_go.clone(),
             started,
             // A timeout beyond what the clock can express never comes.
             deadline: timeout.and_then(|timeout| started.checked_add(timeout)),
             state,
         };
         let driver = AbortOnDropHandle::new(tokio::spawn(driver.run()));
-        Self { stdin, lanes, state: Progress(progress), messages, kill, driver }
+        Self { stdin, lanes, state: Progress(progress), messages, kill, let_go, driver }
     }
 }
 

@@ -12,13 +12,18 @@ use std::time::Duration;
 
 use kiln_wire::AGENT_PORT;
 use tokio::fs;
-use tokio::io::copy_bidirectional;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::io::Interest;
+use tokio::io::WriteHalf;
 use tokio::net::UnixListener;
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::transport::Connector;
+use crate::transport::GuestStream;
 
 /// Connections served at once; further ones wait in the listener's queue.
 const MAX_CONNECTIONS: usize = 1024;
@@ -28,6 +33,15 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a socket that is already there may take to refuse; one that does not is in use.
 const LEFTOVER_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Bytes taken from the host at once (64 KiB).
+const PIECE: usize = 64 << 10;
+
+/// How often to look whether a host hung up, while its bytes cannot be passed on.
+const HANG_UP_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a host may take to hang up after the agent did.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// How long to leave the listener alone after the system refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -131,14 +145,56 @@ async fn serve(listener: UnixListener, connector: Arc<dyn Connector>) {
 }
 
 /// Passes bytes on until one side is gone; the other then sees its connection close, which is how sessions end.
-async fn relay(mut host: UnixStream, connector: Arc<dyn Connector>) {
+async fn relay(host: UnixStream, connector: Arc<dyn Connector>) {
     let connecting = tokio::time::timeout(CONNECT_DEADLINE, connector.connect(AGENT_PORT));
-    let mut guest = match connecting.await {
+    let guest = match connecting.await {
         Ok(Ok(guest)) => guest,
         Ok(Err(error)) => return tracing::debug!(%error, "exec socket's guest refused"),
         Err(_) => return tracing::debug!("exec socket's guest did not answer"),
     };
-    if let Err(error) = copy_bidirectional(&mut host, &mut guest).await {
-        tracing::debug!(%error, "exec socket's connection ended");
+    let (mut from_host, mut to_host) = host.into_split();
+    let (mut from_guest, to_guest) = tokio::io::split(guest);
+    let up = pass_up(&mut from_host, to_guest);
+    tokio::pin!(up);
+    tokio::select! {
+        // The host's end is the session's, also where the agent has more to say.
+        () = &mut up => return,
+        down = tokio::io::copy(&mut from_guest, &mut to_host) => {
+            if let Err(error) = down {
+                return tracing::debug!(%error, "exec socket's connection ended");
+            }
+        }
+    }
+    // The agent has said its last word. What the host still sends is taken until it hangs up, so that its reading is not cut short by a reset.
+    let _ = to_host.shutdown().await;
+    let _ = tokio::time::timeout(LINGER, up).await;
+}
+
+/// Passes on what the host sends until it hangs up; what a guest no longer takes is dropped, since its last words may be on their way.
+async fn pass_up(host: &mut OwnedReadHalf, mut guest: WriteHalf<Box<dyn GuestStream>>) {
+    let mut buffer = vec![0; PIECE];
+    let mut taken = true;
+    while let Ok(read @ 1..) = host.read(&mut buffer).await {
+        if !taken {
+            continue;
+        }
+        tokio::select! {
+            biased;
+            written = guest.write_all(&buffer[..read]) => taken = written.is_ok(),
+            // A guest that does not read must not keep the host's hang-up from it.
+            () = hung_up(host) => return,
+        }
+    }
+}
+
+/// Waits until the host has closed its end; what it sent before may still be unread. The system tells this with readiness to read, which unread
+/// bytes keep up, so there is no event to wait for.
+async fn hung_up(host: &OwnedReadHalf) {
+    loop {
+        tokio::time::sleep(HANG_UP_INTERVAL).await;
+        match host.ready(Interest::READABLE).await {
+            Ok(ready) if !ready.is_read_closed() => {}
+            _ => return,
+        }
     }
 }

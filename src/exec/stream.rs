@@ -6,6 +6,7 @@ use std::time::Duration;
 use kiln_wire::control::Control;
 use kiln_wire::frame::Kind;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::exec::ExecError;
@@ -38,7 +39,8 @@ pub(crate) struct StreamSession {
 #[derive(Debug)]
 pub(crate) struct StreamEnd {
     state: Progress,
-    _driver: AbortOnDropHandle<()>,
+    let_go: CancellationToken,
+    driver: Option<AbortOnDropHandle<()>>,
 }
 
 impl StreamEnd {
@@ -49,6 +51,14 @@ impl StreamEnd {
     pub(crate) fn done(&self) -> impl Future<Output = Result<(), ExecError>> + Send + 'static {
         let ended = self.state.clone().ended();
         async { ended.await.map(|_| ()) }
+    }
+
+    /// Has the stream go on without a holder, for five seconds at most, so that what is on its way to the guest arrives.
+    pub(crate) fn let_go(&mut self) {
+        if let Some(driver) = self.driver.take() {
+            self.let_go.cancel();
+            driver.detach();
+        }
     }
 
     /// How it ended, if it has.
@@ -66,7 +76,8 @@ impl StreamSession {
         let started = Instant::now();
         let opening = session::opening(Kind::Control, action)?;
         let stream = session::connect(connector, &opening, OPEN_DEADLINE).await?;
-        let Session { stdin, lanes, mut state, driver, .. } = Session::new(stream, Mode::Stream, true, started, None);
+        let Session { stdin, lanes, mut state, let_go, driver, .. } =
+            Session::new(stream, Mode::Stream, true, started, None);
         let start = tokio::time::timeout(OPEN_DEADLINE.saturating_sub(started.elapsed()), state.started()).await;
         let start = start.unwrap_or(Err(ExecError::Timeout { after: OPEN_DEADLINE }))?;
         // Nothing comes on it; a reader that never reads must not count as one that may.
@@ -75,7 +86,7 @@ impl StreamSession {
             input: stdin.ok_or(ExecError::Dropped)?,
             output: ExecStdout::new(Arc::clone(&lanes)),
             total_len: start.total_len,
-            end: StreamEnd { state, _driver: driver },
+            end: StreamEnd { state, let_go, driver: Some(driver) },
         })
     }
 }

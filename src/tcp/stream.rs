@@ -23,12 +23,22 @@ use crate::transport::Connector;
 /// the server resets is an error of kind `ConnectionReset`. Bounded buffers between here and the server make a slow side slow the other one.
 ///
 /// # Dropping
-/// Closes the connection at once; bytes on their way to the guest may be lost, unless the write side was shut down and the server's end-of-file read.
+/// Closes the connection at once, and bytes on their way to the guest are lost; unless the write side was shut down, after which they still have
+/// five seconds to arrive. Does not wait for that.
 #[derive(Debug)]
 pub struct GuestTcpStream {
     input: ExecStdin,
     output: ExecStdout,
-    _end: StreamEnd,
+    end: StreamEnd,
+    shut_down: bool,
+}
+
+impl Drop for GuestTcpStream {
+    fn drop(&mut self) {
+        if self.shut_down {
+            self.end.let_go();
+        }
+    }
 }
 
 impl GuestTcpStream {
@@ -42,7 +52,7 @@ impl GuestTcpStream {
     /// Cancel safe: an attempt that is given up leaves nothing behind.
     pub async fn connect(connector: &dyn Connector, port: u16) -> Result<Self, ExecError> {
         let stream = StreamSession::open(connector, &Control::Connect { port }).await?;
-        Ok(Self { input: stream.input, output: stream.output, _end: stream.end })
+        Ok(Self { input: stream.input, output: stream.output, end: stream.end, shut_down: false })
     }
 }
 
@@ -63,6 +73,7 @@ impl AsyncWrite for GuestTcpStream {
 
     /// Half-closes: end-of-file for the server, after what was written.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shut_down = true;
         Pin::new(&mut self.input).poll_shutdown(cx)
     }
 }

@@ -62,12 +62,12 @@ fn flooded(agent: &Subject, script: &str) -> Result<(Session, usize), Finding> {
 }
 
 fn backlog(agent: &Subject) -> Result<(), Finding> {
-    let script = format!("echo up; {}; cksum", until("backlog-go"));
+    let script = format!("echo up; {}; md5sum", until("backlog-go"));
     let (mut session, sent) = flooded(agent, &script)?;
     agent.sh(": > backlog-go")?.exits(0)?;
     session.send_bytes(&vec![0; FLOOD - sent])?;
     session.end_of_input()?;
-    let expected = agent.sh(&format!("head -c {FLOOD} /dev/zero | cksum"))?.stdout();
+    let expected = agent.sh(&format!("head -c {FLOOD} /dev/zero | md5sum"))?.stdout();
     session.rest()?.prints(expected)
 }
 

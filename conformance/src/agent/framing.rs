@@ -68,13 +68,13 @@ fn unknown_and_long(agent: &Subject) -> Result<(), Finding> {
 }
 
 fn longest(agent: &Subject) -> Result<(), Finding> {
-    let mut session = agent.start(&argv(&["cksum"]))?;
+    let mut session = agent.start(&argv(&["md5sum"]))?;
     session.send(Kind::Stdin, vec![b'x'; MAX_FRAME])?;
     session.end_of_input()?;
     let seen = session.rest()?;
     seen.exits(0)?;
-    let expected = agent.sh("head -c 16777216 /dev/zero | tr '\\0' x | cksum")?.stdout();
-    crate::case::same("cksum", &seen.stdout(), expected)
+    let expected = agent.sh("head -c 16777216 /dev/zero | tr '\\0' x | md5sum")?.stdout();
+    crate::case::same("md5sum", &seen.stdout(), expected)
 }
 
 fn oversize_first(agent: &Subject) -> Result<(), Finding> {

@@ -134,7 +134,7 @@ fn chain_without_shell(agent: &Subject) -> Result<(), Finding> {
 
 fn group(agent: &Subject) -> Result<(), Finding> {
     // Succeeds only where a group has the shell's own id.
-    let leads = ["sh", "-c", "kill -s 0 -- -$$ && echo leads"];
+    let leads = ["sh", "-c", "kill -0 -$$ && echo leads"];
     agent.run(&chained(argv(&leads), &[&leads]))?.prints("leads\nleads\n")
 }
 

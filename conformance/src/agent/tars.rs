@@ -89,7 +89,7 @@ fn round_trip(agent: &Subject) -> Result<(), Finding> {
     session.end_of_input()?;
     session.rest()?.exits(0)?;
     let listing = |name: &str| {
-        agent.sh(&format!("cd {name} && find . -exec ls -ld '{{}}' ';' | cut -c 1-10 && find . -type f -exec cksum '{{}}' ';' && ls -l link | sed 's/.* link/link/'"))
+        agent.sh(&format!("cd {name} && find . -exec ls -ld '{{}}' ';' | cut -c 1-10 && find . -type f -exec md5sum '{{}}' ';' && ls -l link | sed 's/.* link/link/'"))
     };
     let (original, copy) = (listing("original")?, listing("copy")?);
     original.exits(0)?;
