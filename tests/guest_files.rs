@@ -231,6 +231,19 @@ async fn a_hostile_guest_writes_nowhere_else() {
 }
 
 #[tokio::test]
+async fn the_whole_root_comes_out_without_what_the_kernel_makes_up() {
+    let vm = boot().await;
+    sh(&vm, "mkdir -p /srv/own; echo mine > /srv/own/file").await;
+    let host = tempfile::tempdir().unwrap();
+    vm.copy_out("/", host.path()).await.expect("copied");
+    assert_eq!(fs::read(host.path().join("srv/own/file")).unwrap(), b"mine\n");
+    assert!(fs::read(host.path().join("bin/busybox")).unwrap() == fs::read(guest::BUSYBOX).unwrap());
+    for made_up in ["proc", "sys"] {
+        assert_eq!(fs::read_dir(host.path().join(made_up)).unwrap().count(), 0, "{made_up}");
+    }
+}
+
+#[tokio::test]
 async fn a_copy_that_is_given_up_ends_in_the_guest_too() {
     let vm = boot().await;
     let host = tempfile::tempdir().unwrap();

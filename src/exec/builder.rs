@@ -161,7 +161,8 @@ impl ExecBuilder {
     /// Starts the command and waits until the agent says that it runs.
     ///
     /// An agent that cannot say so (see [`AgentInfo::tells_starts`]) is not waited for: a program that does not exist then shows when the
-    /// child is waited for. Must be called in a tokio runtime.
+    /// child is waited for. A command whose [`timeout`](Self::timeout) passes meanwhile is a child that has timed out. Must be called in a tokio
+    /// runtime.
     ///
     /// # Errors
     /// Why it could not be started: [`ExecError::NotFound`], [`ExecError::NotExecutable`], [`ExecError::BadCwd`],
@@ -173,9 +174,12 @@ impl ExecBuilder {
     /// Cancelled, the connection is closed; a process that had already been started is killed by the agent.
     pub async fn spawn(mut self) -> Result<ExecChild, ExecError> {
         let started = Instant::now();
-        self.request.started = self.link.tells_starts(self.connect_patience()).await?;
-        let confirmed = self.request.started;
         let kill_on_drop = self.kill_on_drop;
+        match self.link.tells_starts(self.connect_patience()).await {
+            Ok(tells) => self.request.started = tells,
+            Err(error) => return Ok(ExecChild::new(self.timed_out(started, error)?, kill_on_drop)),
+        }
+        let confirmed = self.request.started;
         let mut session = self.start(started, true).await?;
         if confirmed {
             // With a timeout the session ends by itself, as one that timed out.
@@ -196,12 +200,8 @@ impl ExecBuilder {
     /// # Cancel safety
     /// Cancelled, the process group is killed and what was read is lost.
     pub async fn output(self) -> Result<ExecOutcome, ExecError> {
-        let started = Instant::now();
-        let timeout = self.timeout;
-        match self.start(started, false).await {
-            Ok(session) => ExecChild::new(session, true).wait_with_output().await,
-            Err(error) => timed_out_before_start(timeout, started, error),
-        }
+        let session = self.start(Instant::now(), false).await?;
+        ExecChild::new(session, true).wait_with_output().await
     }
 
     /// Runs the command without input, drops what it prints, and returns how it ended.
@@ -212,16 +212,10 @@ impl ExecBuilder {
     /// # Cancel safety
     /// Cancelled, the process group is killed.
     pub async fn status(self) -> Result<ExitStatus, ExecError> {
-        let started = Instant::now();
-        let timeout = self.timeout;
-        match self.start(started, false).await {
-            Ok(session) => {
-                let mut child = ExecChild::new(session, true);
-                drop((child.stdout.take(), child.stderr.take()));
-                child.wait().await
-            }
-            Err(error) => Ok(timed_out_before_start(timeout, started, error)?.status),
-        }
+        let session = self.start(Instant::now(), false).await?;
+        let mut child = ExecChild::new(session, true);
+        drop((child.stdout.take(), child.stderr.take()));
+        child.wait().await
     }
 
     fn connect_patience(&self) -> Duration {
@@ -238,27 +232,22 @@ impl ExecBuilder {
             end_of_file.map_err(|error| ExecError::BadRequest { detail: error.to_string() })?;
         }
         let patience = self.connect_patience().saturating_sub(started.elapsed());
-        let stream = session::connect(self.link.connector(), &opening, patience).await;
-        let stream = stream.map_err(|error| match error {
-            ExecError::Timeout { .. } => ExecError::Timeout { after: self.connect_patience() },
-            other => other,
-        })?;
-        Ok(Session::new(stream, Mode::Process, with_stdin, started, self.timeout))
-    }
-}
-
-/// A command whose timeout passed while the agent was not reachable timed out like any other.
-fn timed_out_before_start(
-    timeout: Option<Duration>,
-    started: Instant,
-    error: ExecError,
-) -> Result<ExecOutcome, ExecError> {
-    let duration = started.elapsed();
-    match (&error, timeout) {
-        (ExecError::Timeout { .. }, Some(timeout)) if duration >= timeout => {
-            let exit = Exit { code: 128 + u32::from(SIGKILL), peak_rss_kib: None };
-            Ok(ExecOutcome::new(Ended { exit, timed_out: true, duration }, Vec::new(), Vec::new()))
+        match session::connect(self.link.connector(), &opening, patience).await {
+            Ok(stream) => Ok(Session::new(stream, Mode::Process, with_stdin, started, self.timeout)),
+            Err(error) => self.timed_out(started, error),
         }
-        _ => Err(error),
+    }
+
+    /// A command whose timeout passed while the agent was not reachable timed out like any other; otherwise `error`.
+    fn timed_out(&self, started: Instant, error: ExecError) -> Result<Session, ExecError> {
+        let duration = started.elapsed();
+        match (error, self.timeout) {
+            (ExecError::Timeout { .. }, Some(timeout)) if duration >= timeout => {
+                let exit = Exit { code: 128 + u32::from(SIGKILL), peak_rss_kib: None };
+                Ok(Session::ended(Ended { exit, timed_out: true, duration }))
+            }
+            (ExecError::Timeout { .. }, _) => Err(ExecError::Timeout { after: self.connect_patience() }),
+            (error, _) => Err(error),
+        }
     }
 }

@@ -19,7 +19,17 @@
 //! - **An output that nobody ever read** while somebody waits for the other one is treated alike, since the process
 //!   could otherwise block for ever. Reading such an output afterwards gives what was kept and then an error of kind
 //!   `Other`, never a silent gap. A handle that is dropped drops its bytes.
+//! - **[`ExecEvents`]** takes both outputs in the order of their arrival, and holds the process back like any slow reader.
 //! - **After a kill or a timeout** up to 4 MiB more are buffered for each output, so that an unread output does not keep the end away.
+//!
+//! # Dropping
+//! Nothing here waits when it is dropped, in a runtime or outside one, and the order does not matter. A child, or the events made of
+//! it, takes its process along ([`kill_on_drop`](ExecBuilder::kill_on_drop)); handles that were taken from it then read an error of kind `BrokenPipe`,
+//! never an end-of-file. A runtime that goes takes its sessions along, and a VM its processes.
+//!
+//! # Deadlines
+//! Connecting takes ten seconds at most and a start thirty; a [`timeout`](ExecBuilder::timeout) holds for everything from `spawn` to the exit. Without one,
+//! waiting for a process or reading from it takes as long as the process does, and ends with the guest.
 mod builder;
 mod child;
 mod control;

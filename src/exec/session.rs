@@ -100,6 +100,21 @@ impl Session {
     }
 }
 
+impl Session {
+    /// A session that never came to be, and how it ended.
+    pub(crate) fn ended(ended: Ended) -> Self {
+        let lanes = Arc::new(Lanes::default());
+        lanes.end(Ok(()));
+        // Whoever holds the other ends is gone: nothing can be written or sent.
+        let (stdin, _) = ExecStdin::new();
+        let (messages, _) = mpsc::channel(1);
+        let (_, progress) = watch::channel(State { start: None, ended: Some(Ok(ended)) });
+        let driver = AbortOnDropHandle::new(tokio::spawn(async {}));
+        let (kill, let_go) = (CancellationToken::new(), CancellationToken::new());
+        Self { stdin: Some(stdin), lanes, state: Progress(progress), messages, kill, let_go, driver }
+    }
+}
+
 /// Tells how far a session is.
 #[derive(Clone, Debug)]
 pub(crate) struct Progress(watch::Receiver<State>);

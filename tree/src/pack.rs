@@ -39,7 +39,8 @@ const PIECE: usize = 64 << 10;
 ///
 /// A folder becomes the entry `.` and, sorted, everything below it. Anything else becomes one entry, named `name` or by
 /// the path's last component. Symbolic links are packed as links, `path` itself included; names of the same file as hard
-/// links; sockets not at all.
+/// links; sockets not at all. Of `/proc` and `/sys`, wherever they are mounted below `path`, there is an empty folder: what the kernel makes up
+/// while it is read means nothing elsewhere.
 ///
 /// # Errors
 /// [`PackError`]; with [`PackError::Changed`] the archive is complete, with any other it has no end mark, so that nobody
@@ -137,7 +138,11 @@ impl<W: Write> Packer<'_, W> {
 
     /// Writes a folder's entry and lists what is in it.
     fn enter(&mut self, folder: OwnedFd, name: &[u8], prefix: usize) -> Result<Open, PackError> {
-        let listed = rustix::fs::fstat(&folder).and_then(|stat| Ok((Stat::from(stat), list(folder.as_fd())?)));
+        let below = prefix > 0;
+        let listed = rustix::fs::fstat(&folder).and_then(|stat| {
+            let names = if below && is_made_up(folder.as_fd())? { Vec::new() } else { list(folder.as_fd())? };
+            Ok((Stat::from(stat), names))
+        });
         let (stat, names) = listed
             .map_err(|error| PackError::Read { path: self.root.join(OsStr::from_bytes(name)), source: error.into() })?;
         self.begin(name, EntryType::Directory, &[], 0, &stat)?;
@@ -241,6 +246,19 @@ impl Leaf<'_> {
 fn open_folder(folder: BorrowedFd<'_>, at: &Path) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(folder, at, flags, Mode::empty())
+}
+
+/// Whether the kernel makes up what a folder has in it.
+#[cfg(target_os = "linux")]
+fn is_made_up(folder: BorrowedFd<'_>) -> rustix::io::Result<bool> {
+    const SYSFS_MAGIC: rustix::fs::FsWord = 0x6265_6572;
+    Ok(matches!(rustix::fs::fstatfs(folder)?.f_type, rustix::fs::PROC_SUPER_MAGIC | SYSFS_MAGIC))
+}
+
+/// Whether the kernel makes up what a folder has in it.
+#[cfg(not(target_os = "linux"))]
+fn is_made_up(_folder: BorrowedFd<'_>) -> rustix::io::Result<bool> {
+    Ok(false)
 }
 
 /// The names in a folder, sorted, so that the same tree makes the same archive.

@@ -1,5 +1,6 @@
 //! What the host makes of the end of a process.
 
+use kiln_wire::control::feature;
 use kiln_wire::exit::Exit;
 use kiln_wire::failure::Failure;
 use kiln_wire::frame::Kind;
@@ -107,7 +108,7 @@ fn exit_alone(host: &Subject) -> Result<(), Finding> {
 }
 
 fn started(host: &Subject) -> Result<(), Finding> {
-    let (host, mut session, request) = host.requested(&["program"])?;
+    let (host, mut session, request) = host.requested_of(&[feature::STARTED], &["program"])?;
     if request.started {
         session.send(Kind::Started, Started { pid: 4242 }.encode())?;
     }

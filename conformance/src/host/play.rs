@@ -18,6 +18,9 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use bytes::Bytes;
+use kiln_wire::PROTOCOL;
+use kiln_wire::control::Control;
+use kiln_wire::control::ControlAck;
 use kiln_wire::exit::Exit;
 use kiln_wire::frame::Frame;
 use kiln_wire::frame::Kind;
@@ -69,35 +72,34 @@ impl Subject {
         Host::start(&self.command, self.socket(), argv)
     }
 
-    /// Runs the program on `argv` up to its connection.
-    pub(super) fn connected(&self, argv: &[&str]) -> Result<(Host, Session), Finding> {
+    /// Runs the program up to its REQUEST, with an agent that announces no features.
+    pub(super) fn requested(&self, argv: &[&str]) -> Result<(Host, Session, Request), Finding> {
+        self.requested_of(&[], argv)
+    }
+
+    /// Runs the program up to its REQUEST, with an agent that announces `features`. A host may ask for them first, on connections of their
+    /// own.
+    pub(super) fn requested_of(&self, features: &[&str], argv: &[&str]) -> Result<(Host, Session, Request), Finding> {
         let socket = self.socket();
         let listener = UnixListener::bind(&socket)?;
         listener.set_nonblocking(true)?;
         let mut host = Host::start(&self.command, socket, argv)?;
-        let deadline = Instant::now() + PATIENCE;
         loop {
-            match listener.accept() {
-                Ok((stream, _)) => return Ok((host, Session::new(stream)?)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error.into()),
-            }
-            ensure(Instant::now() < deadline, || format!("no connection within {PATIENCE:?}"))?;
-            if let Some(status) = host.process.wait_until(Instant::now() + GLANCE)? {
-                let stderr = host.stderr.all()?;
-                return Err(Finding::new(format!("{status} without a connection, stderr {}", quoted(&stderr))));
+            let mut session = host.connection(&listener)?;
+            match session.next()? {
+                Some(Frame { kind: Kind::Request, payload }) => {
+                    return Ok((host, session, serde_json::from_slice(&payload)?));
+                }
+                Some(Frame { kind: Kind::Control, payload }) => {
+                    let asked: Control = serde_json::from_slice(&payload)?;
+                    ensure(asked == Control::Probe, || format!("{asked:?} in place of REQUEST or a probe"))?;
+                    let features = features.iter().map(|feature| (*feature).to_owned()).collect();
+                    let ack = ControlAck { protocol: Some(PROTOCOL), features, ..ControlAck::done() };
+                    session.send(Kind::Control, serde_json::to_vec(&ack)?)?;
+                }
+                other => return Err(Finding::new(format!("{} in place of REQUEST", describe(other.as_ref())))),
             }
         }
-    }
-
-    /// Runs the program up to its REQUEST.
-    pub(super) fn requested(&self, argv: &[&str]) -> Result<(Host, Session, Request), Finding> {
-        let (host, mut session) = self.connected(argv)?;
-        let request = match session.next()? {
-            Some(Frame { kind: Kind::Request, payload }) => serde_json::from_slice(&payload)?,
-            other => return Err(Finding::new(format!("{} in place of REQUEST", describe(other.as_ref())))),
-        };
-        Ok((host, session, request))
     }
 
     /// Runs the program against an agent that says `frames` after the REQUEST.
@@ -191,6 +193,24 @@ impl Host {
         let none = || Finding::new("no pipe");
         let (stdout, stderr) = (Output::of(stdout.ok_or_else(none)?), Output::of(stderr.ok_or_else(none)?));
         Ok(Self { process, stdin, stdout, stderr })
+    }
+
+    /// Waits for the program's next connection.
+    fn connection(&mut self, listener: &UnixListener) -> Result<Session, Finding> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => return Ok(Session::new(stream)?),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            ensure(Instant::now() < deadline, || format!("no connection within {PATIENCE:?}"))?;
+            if let Some(status) = self.process.wait_until(Instant::now() + GLANCE)? {
+                while self.stderr.piece()? {}
+                let stderr = quoted(&self.stderr.heard);
+                return Err(Finding::new(format!("{status} without a connection, stderr {stderr}")));
+            }
+        }
     }
 
     /// Feeds the program `bytes` and end-of-file, beside whatever else happens.
