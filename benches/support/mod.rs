@@ -1,10 +1,11 @@
-//! What the benchmarks that boot guests share: the inputs, the yardstick and the statistics.
+//! What the benchmarks share: the inputs, the yardsticks and the statistics.
 //!
-//! The yardstick is QEMU with its own software processor (`-accel tcg`), the thing to reach for today on a
+//! The yardstick of what runs without a guest is `tokio`, doing the same without kiln. That of guests is QEMU with its own software processor (`-accel tcg`), the thing to reach for today on a
 //! machine without virtualization. It boots the same kernel file, in the same run, in turns with kiln.
 #![allow(dead_code, reason = "each benchmark uses its part")]
 #![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
 
+pub(crate) mod agent;
 pub(crate) mod qemu;
 
 use std::path::PathBuf;
@@ -16,9 +17,14 @@ pub(crate) fn kernel() -> PathBuf {
     xtask("kernel")
 }
 
+/// The static agent, built or found by the repository's own task.
+pub(crate) fn agent() -> PathBuf {
+    xtask("agent")
+}
+
 /// An OCI layout of the distribution's busybox; builds the agent too, which a guest cannot start without.
 pub(crate) fn busybox_layout() -> PathBuf {
-    xtask("agent");
+    agent();
     xtask("busybox-image")
 }
 
@@ -61,6 +67,19 @@ pub(crate) fn report(title: &str, subject: &Sample, yardsticks: &[Sample]) {
         let [median, fastest, slowest] =
             [sample.median(), sample.times[0], sample.times[sample.times.len() - 1]].map(milliseconds);
         println!("{:<24}{median:>12}{fastest:>12}{slowest:>12}{ratio:>12.2}", sample.name);
+    }
+}
+
+/// Prints a line per subject: median, fastest and slowest rate of `amount` per round in `unit` a second, and the median
+/// rate against that of the yardstick.
+pub(crate) fn report_rates(title: &str, amount: f64, unit: &str, subject: &Sample, yardstick: &Sample) {
+    println!("{title}");
+    println!("{:<24}{:>18}{:>18}{:>18}{:>8}", "", "median", "fastest", "slowest", "ratio");
+    for sample in [subject, yardstick] {
+        let ratio = yardstick.median().as_secs_f64() / sample.median().as_secs_f64();
+        let [median, fastest, slowest] = [sample.median(), sample.times[0], sample.times[sample.times.len() - 1]]
+            .map(|time| format!("{:.0} {unit}/s", amount / time.as_secs_f64()));
+        println!("{:<24}{median:>18}{fastest:>18}{slowest:>18}{ratio:>8.2}", sample.name);
     }
 }
 

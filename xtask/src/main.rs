@@ -51,7 +51,7 @@ enum Task {
     Test,
     /// Install what the benchmarks compare with, then run all of them.
     Bench {
-        /// The benchmarks to run: boot, exec_rtt, soft_cpu.
+        /// The benchmarks to run: boot, exec_rtt, exec_sessions, exec_throughput, soft_cpu.
         names: Vec<String>,
     },
     /// Fuzz what is parsed from strangers, with libFuzzer and the stable toolchain.
