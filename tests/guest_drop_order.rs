@@ -4,25 +4,13 @@
 mod guest;
 mod image_support;
 
-use std::time::Duration;
-use std::time::Instant;
-
 use guest::DEADLINE;
 use guest::boot;
+use guest::drop_at_once;
 use guest::until;
 use kiln::ExecError;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
-
-/// No drop may take this long on the busiest machine.
-const AT_ONCE: Duration = Duration::from_secs(1);
-
-/// Drops `value`, which must not wait.
-fn drop_at_once<T>(value: T) {
-    let began = Instant::now();
-    drop(value);
-    assert!(began.elapsed() < AT_ONCE, "the drop took {:?}", began.elapsed());
-}
 
 #[tokio::test]
 async fn handles_outlive_the_child_and_say_so() {

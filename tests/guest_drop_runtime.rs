@@ -9,19 +9,10 @@ use std::time::Instant;
 
 use guest::DEADLINE;
 use guest::boot;
+use guest::drop_at_once;
 use kiln::Vm;
 use tokio::io::AsyncReadExt;
 use tokio::runtime::Runtime;
-
-/// No drop may take this long on the busiest machine.
-const AT_ONCE: Duration = Duration::from_secs(1);
-
-/// Drops `value`, which must not wait.
-fn drop_at_once<T>(value: T) {
-    let began = Instant::now();
-    drop(value);
-    assert!(began.elapsed() < AT_ONCE, "the drop took {:?}", began.elapsed());
-}
 
 /// The threads of this process that run guests.
 fn vcpu_threads() -> usize {

@@ -162,6 +162,16 @@ pub async fn until(vm: &Vm, line: &str, expected: &str) {
     }
 }
 
+/// No drop may take this long on the busiest machine.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// Drops `value`, which must not wait.
+pub fn drop_at_once<T>(value: T) {
+    let began = Instant::now();
+    drop(value);
+    assert!(began.elapsed() < AT_ONCE, "the drop took {:?}", began.elapsed());
+}
+
 /// An outcome for a failed assertion.
 pub fn show(outcome: &ExecOutcome) -> String {
     let [stdout, stderr] = [&outcome.stdout, &outcome.stderr].map(|bytes| String::from_utf8_lossy(bytes));

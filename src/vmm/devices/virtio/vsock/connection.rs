@@ -158,6 +158,11 @@ impl Connection {
         self.peer_alloc.saturating_sub(in_flight) as usize
     }
 
+    /// Has bytes for the guest, which has no room for a single one: whoever they are for does not read.
+    pub(super) fn is_stuck(&self) -> bool {
+        !self.outgoing.is_empty() && self.credit() == 0
+    }
+
     /// Takes bytes from the guest; `false` when it had no credit for them.
     pub(super) fn receive(&mut self, payload: &[u8]) -> bool {
         if self.received.len() + payload.len() > BUF_ALLOC as usize {

@@ -269,12 +269,12 @@ impl Mux {
         self.settle(key);
     }
 
-    /// The stream is dropped: what was written is still delivered, within a time limit.
+    /// The stream is dropped: what was written is still delivered, within a time limit, to a guest that takes it.
     pub(super) fn release(&mut self, key: Key, now: Instant) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         connection.held = false;
-        if !connection.received.is_empty() || connection.phase != Phase::Open {
-            // Bytes that nobody will read: a reset tells the guest so, as TCP does.
+        if !connection.received.is_empty() || connection.phase != Phase::Open || connection.is_stuck() {
+            // Bytes that nobody will read, on either side: a reset tells the guest so at once, as TCP does.
             connection.break_off(Closed::Reset);
             connection.received = VecDeque::new();
         } else {

@@ -212,6 +212,17 @@ fn dropping_a_stream_with_unread_bytes_resets_it() {
 }
 
 #[test]
+fn dropping_a_stream_that_the_guest_does_not_read_resets_it_at_once() {
+    let mut guest = Guest::connected();
+    while guest.host_writes(&[7; 10_000]).is_ready() {
+        guest.listen();
+    }
+    guest.mux.release(guest.key, Instant::now());
+    guest.listen();
+    assert_eq!(guest.heard.last(), Some(&op::RST));
+}
+
+#[test]
 fn a_writer_waits_for_the_guests_credit_and_asks_for_it_once() {
     let mut guest = Guest::connected();
     let mut written = 0;
