@@ -311,3 +311,15 @@ async fn the_deepest_folders_can_be_made_and_whited_out() {
     let opaque = Tar::new().file(".wh..wh..opq", b"").file("left", b"1").finish();
     assert_eq!(names(&listing(&[LayerBlob::plain(lower), LayerBlob::plain(opaque)]).await), ["left"]);
 }
+
+#[tokio::test]
+async fn an_image_may_end_wherever_its_last_inode_does() {
+    // Of that many sizes in a row some fill their last block to the end.
+    for count in 100..230 {
+        let files = (0..count).map(|index| format!("{index:04}"));
+        let tar = files.fold(Tar::new(), |tar, name| tar.file(&name, b""));
+        let place = Place::new().await;
+        let built = place.build(&[LayerBlob::plain(tar.finish())]).await.unwrap();
+        drop(extract(&built.path));
+    }
+}

@@ -108,6 +108,27 @@ async fn copies_dropped_at_any_await_can_be_repeated() {
 }
 
 #[tokio::test]
+async fn reading_and_opening_dropped_at_any_await_leave_nothing() {
+    let agent = Agent::start().await;
+    let files = GuestFiles::new(agent.socket());
+    let path = agent.folder().join("file");
+    fs::write(&path, pattern(1 << 20)).expect("written");
+    for polls in 0..40 {
+        poll_and_drop(files.read(text(&path)), polls).await;
+        poll_and_drop(files.open_read(text(&path)), polls).await;
+        poll_and_drop(files.open_write(text(&path)), polls).await;
+        names_become(agent.folder(), &["exec.sock", "file"]).await;
+    }
+    // A reader whose reads are dropped goes on where it was.
+    let mut reader = files.open_read(text(&path)).await.expect("opened");
+    let mut content = Vec::new();
+    while content.len() < 1 << 20 {
+        poll_and_drop(reader.read_buf(&mut content), 1).await;
+    }
+    assert!(content == pattern(1 << 20));
+}
+
+#[tokio::test]
 async fn a_writer_tells_why_the_agent_stopped_taking() {
     let agent = Agent::start().await;
     let files = GuestFiles::new(agent.socket());

@@ -19,7 +19,7 @@ pub(super) const INODE_SIZE: usize = 64;
 pub(super) const SLOT: u64 = 32;
 
 /// `struct erofs_xattr_ibody_header`, in bytes.
-const XATTR_HEADER: usize = 12;
+pub(super) const XATTR_HEADER: usize = 12;
 
 /// `EROFS_INODE_*` data layouts.
 const FLAT_PLAIN: u16 = 0;

@@ -140,6 +140,9 @@ pub(super) fn finish(tree: &Tree, mut blocks: BlockWriter<'_>, uuid: [u8; 16]) -
         blocks.out.write_all(&bytes)?;
         position = inode.position + bytes.len() as u64;
     }
+    // `fsck.erofs` reads an attribute header behind every inode, also where there is none: the last one must not end with the image.
+    zeros(&mut blocks.out, format::XATTR_HEADER as u64)?;
+    position += format::XATTR_HEADER as u64;
     blocks.pad(position)?;
     let (_, end) = blocks.reserve(position).ok_or(WriteError::FormatLimit)?;
     let superblock =
