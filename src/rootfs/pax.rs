@@ -1,39 +1,29 @@
-//! pax extended headers (POSIX `pax`, "pax Extended Header"): `<length> <key>=<value>\n`, repeated.
-//!
-//! The length counts the whole record, so values may hold any byte. Keys that matter to an image
-//! are kept, all others ignored as the standard demands.
+//! The pax records that matter to an image beside those that [`kiln_tree::reader`] applies itself: owners and attributes.
+
+use kiln_tree::pax;
 
 use crate::rootfs::error::LayerErrorKind;
 use crate::rootfs::limits::MAX_XATTR_BYTES;
 use crate::rootfs::limits::MAX_XATTR_VALUE;
-use crate::rootfs::tree::Time;
 use crate::rootfs::tree::Xattr;
 
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
-const SPARSE_PREFIX: &[u8] = b"GNU.sparse.";
 
 /// What the records before one entry override.
 #[derive(Debug, Default)]
 pub(super) struct PaxRecords {
-    pub(super) path: Option<Vec<u8>>,
-    pub(super) link_path: Option<Vec<u8>>,
-    pub(super) size: Option<u64>,
     pub(super) uid: Option<u64>,
     pub(super) gid: Option<u64>,
-    pub(super) mtime: Option<Time>,
     /// Sorted by name, each name once.
     pub(super) xattrs: Vec<Xattr>,
-    pub(super) is_sparse: bool,
 }
 
 impl PaxRecords {
-    pub(super) fn parse(mut bytes: &[u8]) -> Result<Self, LayerErrorKind> {
+    pub(super) fn parse(header: &[u8]) -> Result<Self, LayerErrorKind> {
         let mut records = Self::default();
-        while !bytes.is_empty() {
-            let (record, rest) = split_record(bytes).ok_or(LayerErrorKind::Malformed("pax record"))?;
-            let equals = record.iter().position(|byte| *byte == b'=').ok_or(LayerErrorKind::Malformed("pax record"))?;
-            records.apply(&record[..equals], &record[equals + 1..])?;
-            bytes = rest;
+        for pair in pax::pairs(header) {
+            let (key, value) = pair.map_err(LayerErrorKind::of_archive)?;
+            records.apply(key, value)?;
         }
         // Of several records for one name the last counts; the sort is stable.
         records.xattrs.reverse();
@@ -48,13 +38,10 @@ impl PaxRecords {
 
     fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), LayerErrorKind> {
         match key {
-            b"path" => self.path = text(value)?,
-            b"linkpath" => self.link_path = text(value)?,
-            b"size" => self.size = number(value)?,
-            b"uid" => self.uid = number(value)?,
-            b"gid" => self.gid = number(value)?,
-            b"mtime" => self.mtime = (!value.is_empty()).then(|| time(value)).transpose()?,
-            _ if key.starts_with(SPARSE_PREFIX) => self.is_sparse = true,
+            // The reader would take it; no name on Linux has one.
+            b"path" | b"linkpath" => refuse_nul(value)?,
+            b"uid" => self.uid = id(value)?,
+            b"gid" => self.gid = id(value)?,
             _ => {
                 if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
                     self.set_xattr(name, value)?;
@@ -79,49 +66,12 @@ impl PaxRecords {
     }
 }
 
-/// Splits `<length> <record>\n` off the front.
-fn split_record(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
-    let length: usize = std::str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
-    let record = bytes.get(space + 1..length)?;
-    Some((record.strip_suffix(b"\n")?, &bytes[length..]))
+fn id(value: &[u8]) -> Result<Option<u64>, LayerErrorKind> {
+    pax::number(value).map_err(LayerErrorKind::of_archive)
 }
 
-/// An empty value takes the override back.
-fn text(value: &[u8]) -> Result<Option<Vec<u8>>, LayerErrorKind> {
-    if value.contains(&0) {
-        return Err(LayerErrorKind::Malformed("nul byte in a pax record"));
-    }
-    Ok((!value.is_empty()).then(|| value.to_vec()))
-}
-
-fn number(value: &[u8]) -> Result<Option<u64>, LayerErrorKind> {
-    if value.is_empty() {
-        return Ok(None);
-    }
-    let number = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
-    number.map(Some).ok_or(LayerErrorKind::Malformed("number in a pax record"))
-}
-
-/// Seconds since 1970 as a decimal number, possibly negative, with any number of fraction digits.
-fn time(value: &[u8]) -> Result<Time, LayerErrorKind> {
-    parse_time(value).ok_or(LayerErrorKind::Malformed("time in a pax record"))
-}
-
-fn parse_time(value: &[u8]) -> Option<Time> {
-    let text = std::str::from_utf8(value).ok()?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let seconds: i64 = whole.parse().ok()?;
-    let digits = fraction.bytes().chain(std::iter::repeat(b'0')).take(9);
-    let nanoseconds = digits.fold(0_u32, |sum, digit| sum * 10 + u32::from(digit - b'0'));
-    // "-1.25" is 0.75 s after second -2.
-    if whole.starts_with('-') && nanoseconds > 0 {
-        return Some(Time { seconds: seconds.checked_sub(1)?, nanoseconds: 1_000_000_000 - nanoseconds });
-    }
-    Some(Time { seconds, nanoseconds })
+fn refuse_nul(value: &[u8]) -> Result<(), LayerErrorKind> {
+    if value.contains(&0) { Err(LayerErrorKind::Malformed("nul byte in a pax record")) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -143,13 +93,6 @@ mod tests {
     fn a_value_may_hold_newlines_and_equals_signs() {
         let records = PaxRecords::parse(&record(b"SCHILY.xattr.security.capability", b"\n=\n\0")).unwrap();
         assert_eq!(records.xattrs, [Xattr::new(b"security.capability", b"\n=\n\0").unwrap()]);
-    }
-
-    #[test]
-    fn a_time_before_1970_has_its_fraction_counted_forwards() {
-        assert_eq!(parse_time(b"-1.25"), Some(Time { seconds: -2, nanoseconds: 750_000_000 }));
-        assert_eq!(parse_time(b"-0.5"), Some(Time { seconds: -1, nanoseconds: 500_000_000 }));
-        assert_eq!(parse_time(b"7.1234567899"), Some(Time { seconds: 7, nanoseconds: 123_456_789 }));
     }
 
     #[test]
@@ -178,8 +121,8 @@ mod tests {
         }
 
         #[test]
-        fn a_path_survives(path in proptest::collection::vec(1..=255_u8, 1..300)) {
-            prop_assert_eq!(PaxRecords::parse(&record(b"path", &path)).unwrap().path, Some(path));
+        fn a_path_is_refused_for_a_nul_alone(path in proptest::collection::vec(any::<u8>(), 1..300)) {
+            prop_assert_eq!(PaxRecords::parse(&record(b"path", &path)).is_err(), path.contains(&0));
         }
     }
 }

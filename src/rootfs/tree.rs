@@ -8,6 +8,8 @@ use std::cell::Cell;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use kiln_tree::pax::Time;
+
 use crate::rootfs::error::LayerErrorKind;
 use crate::rootfs::limits::MAX_LINK_STEPS;
 
@@ -21,14 +23,6 @@ pub(super) type NodeId = u32;
 
 /// The root folder.
 pub(super) const ROOT: NodeId = 0;
-
-/// A point in time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Time {
-    /// Since 1970, negative before.
-    pub(super) seconds: i64,
-    pub(super) nanoseconds: u32,
-}
 
 /// An extended attribute of a namespace that Linux knows.
 #[derive(Clone, Debug, PartialEq, Eq)]

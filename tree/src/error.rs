@@ -1,6 +1,8 @@
 //! What goes wrong, by operation.
 
+use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -44,6 +46,42 @@ impl PackError {
             Self::Changed { .. } | Self::TooDeep { .. } => None,
         }
     }
+}
+
+/// Why an archive cannot be read on: see [`crate::reader`].
+///
+/// Not `non_exhaustive`: those who read archives translate every kind into an error of their own, and a new kind should
+/// not compile before they do.
+#[derive(Debug, Error)]
+pub enum ArchiveError {
+    /// The input failed.
+    #[error("cannot read the archive")]
+    Read(#[source] io::Error),
+    /// The input ends inside an entry, or without the end mark where one is asked for.
+    #[error("the archive is cut short")]
+    Truncated,
+    /// The archive breaks the rules of its format, in the part named.
+    #[error("malformed archive: {0}")]
+    Malformed(&'static str),
+    /// A sparse file, in any of its formats; reading it as if it were whole would give wrong content.
+    #[error("entry {:?} is a sparse file, which is not supported", shown(.0))]
+    Sparse(Vec<u8>),
+    /// An entry of a type that this reader does not know.
+    #[error("entry {:?} is of an unknown type, which is not supported", shown(.0))]
+    UnknownType(Vec<u8>),
+    /// More than the [`Rules`](crate::reader::Rules) allow.
+    #[error("more than {limit} {what}")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// How much there may be.
+        limit: u64,
+    },
+}
+
+/// A name of an archive as a path, for errors.
+pub(crate) fn shown(name: &[u8]) -> PathBuf {
+    PathBuf::from(OsStr::from_bytes(name))
 }
 
 /// Why an archive was not unpacked, or not to its end.
@@ -107,5 +145,18 @@ impl UnpackError {
 
     pub(crate) const fn malformed(what: &'static str) -> Self {
         Self::Malformed { what }
+    }
+}
+
+impl From<ArchiveError> for UnpackError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::Read(source) => Self::Read(source),
+            ArchiveError::Truncated => Self::Truncated,
+            ArchiveError::Malformed(what) => Self::Malformed { what },
+            ArchiveError::Sparse(name) => Self::Unsupported { name: shown(&name), what: "a sparse file" },
+            ArchiveError::UnknownType(name) => Self::Unsupported { name: shown(&name), what: "of an unknown type" },
+            ArchiveError::Limit { what, limit } => Self::Limit { what, limit },
+        }
     }
 }

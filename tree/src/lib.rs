@@ -4,19 +4,22 @@
 //! them inside a guest and the SDK outside, where the archive comes from a guest that may be hostile: unpacking never
 //! leaves the destination, never follows a symbolic link inside it, and holds no more than a bounded amount in memory.
 //!
+//! [`reader`] is what both stand on, for those who want the entries of a hostile archive without a folder to put them in.
+//!
 //! Blocking, on plain [`std::io`]. Kept are permission bits, times of modification to the nanosecond, symbolic and hard links, fifos and
 //! device nodes; owners are recorded but not applied, and extended attributes are neither.
 #![forbid(unsafe_code)]
 
 mod error;
 mod pack;
-mod pax;
+pub mod pax;
 mod place;
-mod reader;
+pub mod reader;
 mod stat;
 mod unpack;
 mod writer;
 
+pub use crate::error::ArchiveError;
 pub use crate::error::PackError;
 pub use crate::error::UnpackError;
 pub use crate::pack::pack;

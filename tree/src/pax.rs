@@ -1,17 +1,19 @@
 //! pax extended headers (POSIX `pax`, "pax Extended Header"): `<length> <key>=<value>\n`, repeated.
 //!
-//! The length counts the whole record, so values may hold any byte. Unknown keys are ignored, as the standard demands.
+//! The length counts the whole record, so values may hold any byte: a newline does not end one. Unknown keys are ignored, as
+//! the standard demands.
 
 use std::fmt;
 
-use crate::error::UnpackError;
+use crate::error::ArchiveError;
 
 /// Seconds and nanoseconds since 1970; the nanoseconds always count forwards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Time {
-    pub(crate) seconds: i64,
+pub struct Time {
+    /// Whole seconds, negative before 1970.
+    pub seconds: i64,
     /// Below a thousand million.
-    pub(crate) nanoseconds: u32,
+    pub nanoseconds: u32,
 }
 
 const GIGA: u32 = 1_000_000_000;
@@ -45,6 +47,56 @@ impl Time {
     }
 }
 
+/// The records of one header as pairs of key and value, in the order of the archive.
+///
+/// After an error there is nothing more to come.
+#[derive(Clone, Debug)]
+pub struct Pairs<'a> {
+    rest: &'a [u8],
+}
+
+/// Takes the content of a pax header apart.
+#[must_use]
+pub const fn pairs(header: &[u8]) -> Pairs<'_> {
+    Pairs { rest: header }
+}
+
+impl<'a> Iterator for Pairs<'a> {
+    type Item = Result<(&'a [u8], &'a [u8]), ArchiveError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let bytes = std::mem::take(&mut self.rest);
+        if bytes.is_empty() {
+            return None;
+        }
+        let Some((pair, rest)) = split_pair(bytes) else { return Some(Err(ArchiveError::Malformed("pax record"))) };
+        self.rest = rest;
+        Some(Ok(pair))
+    }
+}
+
+type Pair<'a> = (&'a [u8], &'a [u8]);
+
+fn split_pair(bytes: &[u8]) -> Option<(Pair<'_>, &[u8])> {
+    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
+    let length: usize = std::str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
+    let record = bytes.get(space + 1..length)?.strip_suffix(b"\n")?;
+    let equals = record.iter().position(|byte| *byte == b'=')?;
+    Some(((&record[..equals], &record[equals + 1..]), &bytes[length..]))
+}
+
+/// A value that is a number; `None` if it is empty, which takes an earlier record back.
+///
+/// # Errors
+/// [`ArchiveError::Malformed`].
+pub fn number(value: &[u8]) -> Result<Option<u64>, ArchiveError> {
+    if value.is_empty() {
+        return Ok(None);
+    }
+    let number = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
+    number.map(Some).ok_or(ArchiveError::Malformed("number in a pax record"))
+}
+
 /// What the records before one entry override.
 #[derive(Debug, Default)]
 pub(crate) struct Records {
@@ -56,45 +108,31 @@ pub(crate) struct Records {
 }
 
 impl Records {
-    pub(crate) fn parse(mut bytes: &[u8]) -> Result<Self, UnpackError> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ArchiveError> {
         let mut records = Self::default();
-        while !bytes.is_empty() {
-            let (record, rest) = split_record(bytes).ok_or(UnpackError::malformed("pax record"))?;
-            let equals = record.iter().position(|byte| *byte == b'=').ok_or(UnpackError::malformed("pax record"))?;
-            records.apply(&record[..equals], &record[equals + 1..])?;
-            bytes = rest;
+        for pair in pairs(bytes) {
+            let (key, value) = pair?;
+            records.apply(key, value)?;
         }
         Ok(records)
     }
 
     /// An empty value takes the override back.
-    fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), UnpackError> {
+    fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), ArchiveError> {
         let text = || (!value.is_empty()).then(|| value.to_vec());
         match key {
             b"path" => self.path = text(),
             b"linkpath" => self.link_path = text(),
-            b"size" => self.size = text().map(|_| number(value)).transpose()?,
+            b"size" => self.size = number(value)?,
             b"mtime" => {
-                let time = || Time::parse(value).ok_or(UnpackError::malformed("time in a pax record"));
-                self.mtime = text().map(|_| time()).transpose()?;
+                let time = || Time::parse(value).ok_or(ArchiveError::Malformed("time in a pax record"));
+                self.mtime = (!value.is_empty()).then(time).transpose()?;
             }
             _ if key.starts_with(b"GNU.sparse.") => self.is_sparse = true,
             _ => {}
         }
         Ok(())
     }
-}
-
-fn split_record(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let space = bytes.iter().take(20).position(|byte| *byte == b' ')?;
-    let length: usize = std::str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
-    let record = bytes.get(space + 1..length)?;
-    Some((record.strip_suffix(b"\n")?, &bytes[length..]))
-}
-
-fn number(value: &[u8]) -> Result<u64, UnpackError> {
-    let number = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
-    number.ok_or(UnpackError::malformed("number in a pax record"))
 }
 
 /// Appends one record.
@@ -138,9 +176,18 @@ mod tests {
     }
 
     #[test]
+    fn a_value_may_hold_newlines_and_equals_signs() {
+        let mut bytes = Vec::new();
+        push_record(&mut bytes, "key", b"\n=\n\0");
+        let pairs: Vec<_> = pairs(&bytes).collect::<Result<_, _>>().expect("well-formed");
+        assert_eq!(pairs, [(&b"key"[..], &b"\n=\n\0"[..])]);
+    }
+
+    #[test]
     fn a_time_before_1970_has_its_fraction_counted_forwards() {
         assert_eq!(Time::parse(b"-1.25"), Some(Time { seconds: -2, nanoseconds: 750_000_000 }));
         assert_eq!(Time { seconds: -1, nanoseconds: 500_000_000 }.to_string(), "-0.500000000");
+        assert_eq!(Time::parse(b"7.1234567899"), Some(Time { seconds: 7, nanoseconds: 123_456_789 }));
         assert_eq!(Time::parse(b"1.x"), None);
         assert_eq!(Time::parse(b"-9223372036854775808.1"), None);
     }

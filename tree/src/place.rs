@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use crate::MAX_DEPTH;
 use crate::error::UnpackError;
-use crate::reader::shown;
+use crate::error::shown;
 
 /// The longest name of an entry, in bytes (Linux's PATH_MAX).
 const MAX_NAME: usize = 4096;

@@ -1,60 +1,94 @@
 //! Reading hostile tar archives: POSIX pax and ustar, GNU long names, v7.
 //!
+//! The one reader for all archives that come from outside: trees out of a guest, and the layers of an image. What its users
+//! do not have in common is in [`Rules`], and in the pax records that [`Reader::next_entry_with`] shows.
+//!
 //! The header's fields are the `tar` crate's; the walk from entry to entry is not, because that crate reads extension
-//! records of any size into memory. Refused, rather than read wrongly: sparse files, volume labels, archives without an end mark.
+//! records of any size into memory and splits pax records at newlines, which breaks binary attributes. Refused, rather
+//! than read wrongly: sparse files and volume labels.
 
 use std::borrow::Cow;
-use std::ffi::OsStr;
 use std::io;
 use std::io::Read;
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 
 use tar::EntryType;
 use tar::Header;
 
-use crate::error::UnpackError;
+use crate::error::ArchiveError;
 use crate::pax::Records;
 use crate::pax::Time;
 use crate::writer::BLOCK;
 
-/// The largest extension record, in bytes (64 KiB).
-const MAX_EXTENSION: u64 = 64 << 10;
-
-/// Extension records before one entry; writers use up to three.
-const MAX_EXTENSIONS: usize = 16;
+/// What an archive may ask of its reader, and what it has to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// Bytes in one extension (a pax header or a GNU long name), at most; it is held in memory.
+    pub extension_bytes: u64,
+    /// Bytes in one global pax header, at most; it is skipped.
+    pub global_bytes: u64,
+    /// Extensions and global headers before one entry, at most.
+    pub extensions: usize,
+    /// Whether an archive that just stops after an entry, as some writers leave it, counts as cut short.
+    pub needs_end_mark: bool,
+}
 
 /// What an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    File { size: u64 },
+pub enum Kind {
+    /// A file; the only kind that has content.
+    File {
+        /// Length of the content, in bytes.
+        size: u64,
+    },
+    /// A folder.
     Folder,
+    /// A symbolic link to this target, which may be empty.
     Symlink(Vec<u8>),
+    /// Another name for the entry of this name, which may be empty.
     HardLink(Vec<u8>),
-    Char { major: u32, minor: u32 },
-    Block { major: u32, minor: u32 },
+    /// A character device.
+    Char {
+        /// Below 2^12, as in the kernel's 32-bit encoding.
+        major: u32,
+        /// Below 2^20.
+        minor: u32,
+    },
+    /// A block device.
+    Block {
+        /// Below 2^12, as in the kernel's 32-bit encoding.
+        major: u32,
+        /// Below 2^20.
+        minor: u32,
+    },
+    /// A named pipe.
     Fifo,
 }
 
-/// An entry's header and the extension records before it, joined.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) name: Vec<u8>,
-    pub(crate) kind: Kind,
+/// An entry's header and the extensions before it, joined.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// As the archive has it: nothing about it has been checked.
+    pub name: Vec<u8>,
+    /// What it is.
+    pub kind: Kind,
     /// Permission bits, with setuid, setgid and sticky.
-    pub(crate) mode: u32,
-    pub(crate) mtime: Time,
-}
-
-/// A name of an archive as a path, for errors.
-pub(crate) fn shown(name: &[u8]) -> PathBuf {
-    PathBuf::from(OsStr::from_bytes(name))
+    pub mode: u32,
+    /// The owner in the header; `None` if that is no number, which those who do not need it do not mind. A pax record `uid`
+    /// goes before it, see [`Reader::next_entry_with`].
+    pub header_uid: Option<u64>,
+    /// The group in the header, likewise.
+    pub header_gid: Option<u64>,
+    /// When it was last changed.
+    pub mtime: Time,
 }
 
 /// Walks an archive. The content of an entry may be read, in part or not at all, before the next.
+///
+/// After an error the reader is of no more use: where the next header starts is not known.
 #[derive(Debug)]
-pub(crate) struct Reader<R> {
+pub struct Reader<R> {
     input: R,
+    rules: Rules,
     /// Content of the current entry not yet read, in bytes.
     content: u64,
     /// Padding after it, to the next block.
@@ -69,44 +103,80 @@ struct Extensions {
 }
 
 impl<R: Read> Reader<R> {
-    pub(crate) const fn new(input: R) -> Self {
-        Self { input, content: 0, padding: 0 }
+    /// Reads `input` in pieces as small as a header, so it should be buffered.
+    pub const fn new(input: R, rules: Rules) -> Self {
+        Self { input, rules, content: 0, padding: 0 }
     }
 
-    /// The next entry, `None` at the end mark.
-    pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, UnpackError> {
+    /// The next entry, `None` at the end of the archive.
+    ///
+    /// # Errors
+    /// [`ArchiveError`].
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
+        self.next_entry_with(|_| {})
+    }
+
+    /// The same, and shows `see` the content of every pax header on the way, for [`pairs`](crate::pax::pairs) to take apart.
+    ///
+    /// The reader itself takes the name, link target, size and time, and knows sparse files. Of several headers before one
+    /// entry the last counts alone.
+    ///
+    /// # Errors
+    /// [`ArchiveError`].
+    pub fn next_entry_with(&mut self, mut see: impl FnMut(&[u8])) -> Result<Option<Entry>, ArchiveError> {
         let mut extensions = Extensions::default();
-        for _ in 0..=MAX_EXTENSIONS {
+        for _ in 0..=self.rules.extensions {
             let Some(header) = self.next_header()? else { return Ok(None) };
             match header.entry_type() {
-                EntryType::XHeader => extensions.pax = Records::parse(&self.extension(&header)?)?,
+                EntryType::XHeader => {
+                    let content = self.extension(&header)?;
+                    extensions.pax = Records::parse(&content)?;
+                    see(&content);
+                }
                 EntryType::GNULongName => extensions.long_name = Some(until_nul(self.extension(&header)?)),
                 EntryType::GNULongLink => extensions.long_link = Some(until_nul(self.extension(&header)?)),
-                // Comments and defaults for the archive as a whole, which nobody writes for names and times.
-                EntryType::XGlobalHeader => drop(self.extension(&header)?),
+                // Comments and defaults for the archive as a whole, which nobody writes for names and times; Docker
+                // ignores them as well.
+                EntryType::XGlobalHeader => self.begin_extension(&header, self.rules.global_bytes).map(drop)?,
                 kind => return self.entry(&header, kind, extensions).map(Some),
             }
         }
-        Err(UnpackError::Limit { what: "extension records of one entry", limit: MAX_EXTENSIONS as u64 })
+        let limit = self.rules.extensions as u64;
+        Err(ArchiveError::Limit { what: "extension records of one entry", limit })
     }
 
     /// Reads on in the current entry's content; 0 is its end.
-    pub(crate) fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, UnpackError> {
+    ///
+    /// # Errors
+    /// [`ArchiveError::Read`], and [`ArchiveError::Truncated`] if the archive ends before the entry.
+    pub fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
         let wanted = usize::try_from(self.content).unwrap_or(usize::MAX).min(buffer.len());
-        let count = read(&mut self.input, &mut buffer[..wanted])?;
-        if count == 0 && wanted > 0 {
-            return Err(UnpackError::Truncated);
+        if wanted == 0 {
+            return Ok(0);
         }
-        self.content -= count as u64;
-        Ok(count)
+        match read(&mut self.input, &mut buffer[..wanted])? {
+            0 => Err(ArchiveError::Truncated),
+            count => {
+                self.content -= count as u64;
+                Ok(count)
+            }
+        }
     }
 
-    fn entry(&mut self, header: &Header, kind: EntryType, extensions: Extensions) -> Result<Entry, UnpackError> {
+    /// Reads what follows the end of the archive, so that all of it has passed through the input, and gives that back.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Read`].
+    pub fn drain(mut self) -> Result<R, ArchiveError> {
+        io::copy(&mut self.input, &mut io::sink()).map_err(ArchiveError::Read)?;
+        Ok(self.input)
+    }
+
+    fn entry(&mut self, header: &Header, kind: EntryType, extensions: Extensions) -> Result<Entry, ArchiveError> {
         let Extensions { pax, long_name, long_link } = extensions;
         let name = pax.path.or(long_name).unwrap_or_else(|| header.path_bytes().into_owned());
-        let unsupported = |what| UnpackError::Unsupported { name: shown(&name), what };
         if pax.is_sparse {
-            return Err(unsupported("a sparse file"));
+            return Err(ArchiveError::Sparse(name));
         }
         let link = pax.link_path.or(long_link);
         let link = || link.or_else(|| header.link_name_bytes().map(Cow::into_owned)).unwrap_or_default();
@@ -121,8 +191,8 @@ impl<R: Read> Reader<R> {
             EntryType::Char => device(header).map(|(major, minor)| Kind::Char { major, minor })?,
             EntryType::Block => device(header).map(|(major, minor)| Kind::Block { major, minor })?,
             EntryType::Fifo => Kind::Fifo,
-            EntryType::GNUSparse => return Err(unsupported("a sparse file")),
-            _ => return Err(unsupported("of an unknown type")),
+            EntryType::GNUSparse => return Err(ArchiveError::Sparse(name)),
+            _ => return Err(ArchiveError::UnknownType(name)),
         };
         // Other entries may state a size too, which means nothing: POSIX has no content for them.
         self.begin_content(if let Kind::File { size } = kind { size } else { 0 })?;
@@ -133,82 +203,99 @@ impl<R: Read> Reader<R> {
             Some(mtime) => mtime,
             None => Time { seconds: seconds()?, nanoseconds: 0 },
         };
-        Ok(Entry { name, kind, mode, mtime })
+        let header_uid = number(header.uid(), &old.uid).ok();
+        let header_gid = number(header.gid(), &old.gid).ok();
+        Ok(Entry { name, kind, mode, header_uid, header_gid, mtime })
     }
 
-    /// Skips to the next header; `None` at the end mark.
-    fn next_header(&mut self) -> Result<Option<Header>, UnpackError> {
+    /// Skips to the next header; `None` at the end.
+    fn next_header(&mut self) -> Result<Option<Header>, ArchiveError> {
         self.skip_content()?;
         let mut header = Header::new_old();
-        let mut rest = &mut header.as_mut_bytes()[..];
-        while !rest.is_empty() {
-            match read(&mut self.input, rest)? {
-                0 => return Err(UnpackError::Truncated),
-                count => rest = &mut rest[count..],
-            }
+        let length = read_full(&mut self.input, header.as_mut_bytes())?;
+        let is_end = length == 0 || header.as_bytes().iter().all(|byte| *byte == 0);
+        if length < header.as_bytes().len() && (self.rules.needs_end_mark || !is_end) {
+            return Err(ArchiveError::Truncated);
         }
-        if header.as_bytes().iter().all(|byte| *byte == 0) {
+        if is_end {
             return Ok(None);
         }
         if header.cksum().ok() != Some(checksum(header.as_bytes())) {
-            return Err(UnpackError::malformed("header checksum"));
+            return Err(ArchiveError::Malformed("header checksum"));
         }
         Ok(Some(header))
     }
 
-    fn begin_content(&mut self, size: u64) -> Result<(), UnpackError> {
-        let end = size.checked_next_multiple_of(BLOCK).ok_or(UnpackError::malformed("entry size"))?;
+    fn begin_content(&mut self, size: u64) -> Result<(), ArchiveError> {
+        let end = size.checked_next_multiple_of(BLOCK).ok_or(ArchiveError::Malformed("entry size"))?;
         (self.content, self.padding) = (size, end - size);
         Ok(())
     }
 
-    fn skip_content(&mut self) -> Result<(), UnpackError> {
+    fn skip_content(&mut self) -> Result<(), ArchiveError> {
         // A multiple of the block's length that fits, see `begin_content`.
         let length = self.content + self.padding;
         (self.content, self.padding) = (0, 0);
-        let skipped = io::copy(&mut self.input.by_ref().take(length), &mut io::sink()).map_err(UnpackError::Read)?;
-        if skipped < length { Err(UnpackError::Truncated) } else { Ok(()) }
+        let skipped = io::copy(&mut self.input.by_ref().take(length), &mut io::sink()).map_err(ArchiveError::Read)?;
+        if skipped < length { Err(ArchiveError::Truncated) } else { Ok(()) }
     }
 
-    fn extension(&mut self, header: &Header) -> Result<Vec<u8>, UnpackError> {
+    fn extension(&mut self, header: &Header) -> Result<Vec<u8>, ArchiveError> {
+        let size = self.begin_extension(header, self.rules.extension_bytes)?;
+        let mut bytes = Vec::new();
+        self.input.by_ref().take(size).read_to_end(&mut bytes).map_err(ArchiveError::Read)?;
+        self.content = 0;
+        if (bytes.len() as u64) < size { Err(ArchiveError::Truncated) } else { Ok(bytes) }
+    }
+
+    fn begin_extension(&mut self, header: &Header, limit: u64) -> Result<u64, ArchiveError> {
         let size = content_size(header)?;
-        if size > MAX_EXTENSION {
-            return Err(UnpackError::Limit { what: "bytes in an extension record", limit: MAX_EXTENSION });
+        if size > limit {
+            return Err(ArchiveError::Limit { what: "bytes in an extension record", limit });
         }
         self.begin_content(size)?;
-        let mut bytes = Vec::new();
-        self.input.by_ref().take(size).read_to_end(&mut bytes).map_err(UnpackError::Read)?;
-        self.content = 0;
-        if (bytes.len() as u64) < size { Err(UnpackError::Truncated) } else { Ok(bytes) }
+        Ok(size)
     }
 }
 
-fn read(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize, UnpackError> {
+/// Reads until `buffer` is full or the input ends; returns how much.
+fn read_full(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match read(input, &mut buffer[filled..])? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
+}
+
+fn read(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
     loop {
         match input.read(buffer) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result.map_err(UnpackError::Read),
+            result => return result.map_err(ArchiveError::Read),
         }
     }
 }
 
 /// A number as parsed from its field; a field left blank is 0, as in archives from Go programs.
-fn number<T: Default>(value: io::Result<T>, field: &[u8]) -> Result<T, UnpackError> {
+fn number<T: Default>(value: io::Result<T>, field: &[u8]) -> Result<T, ArchiveError> {
     if field.iter().all(|byte| matches!(byte, 0 | b' ')) {
         return Ok(T::default());
     }
-    value.map_err(|_| UnpackError::malformed("number in a header"))
+    value.map_err(|_| ArchiveError::Malformed("number in a header"))
 }
 
-fn content_size(header: &Header) -> Result<u64, UnpackError> {
+fn content_size(header: &Header) -> Result<u64, ArchiveError> {
     number(header.entry_size(), &header.as_old().size)
 }
 
 /// Device numbers that the kernel's 32-bit encoding can hold (12 bits major, 20 minor).
-fn device(header: &Header) -> Result<(u32, u32), UnpackError> {
+fn device(header: &Header) -> Result<(u32, u32), ArchiveError> {
     match (header.device_major(), header.device_minor()) {
         (Ok(Some(major)), Ok(Some(minor))) if major < 1 << 12 && minor < 1 << 20 => Ok((major, minor)),
-        _ => Err(UnpackError::malformed("device number")),
+        _ => Err(ArchiveError::Malformed("device number")),
     }
 }
 

@@ -26,6 +26,7 @@ use crate::place::permissions;
 use crate::reader::Entry;
 use crate::reader::Kind;
 use crate::reader::Reader;
+use crate::reader::Rules;
 use crate::stat::timestamps;
 
 /// How much of the archive is read at once, in bytes (64 KiB).
@@ -33,6 +34,10 @@ const PIECE: usize = 64 << 10;
 
 /// What the names of folders whose mode and time are still to be set may take, in bytes (64 MiB).
 const MAX_FOLDER_NAMES: u64 = 64 << 20;
+
+/// The archives of [`pack`](crate::pack()) and of any other program: 64 KiB are several names of the greatest length, and
+/// programs write up to three extensions. Whoever sends an archive sends its end mark too.
+const RULES: Rules = Rules { extension_bytes: 64 << 10, global_bytes: 64 << 10, extensions: 16, needs_end_mark: true };
 
 /// What an archive may hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,7 +85,7 @@ pub struct Unpacked {
 /// # Errors
 /// [`UnpackError`]; what had been unpacked before it stays.
 pub fn unpack_into(archive: impl Read, folder: &Path, options: &UnpackOptions) -> Result<Unpacked, UnpackError> {
-    let mut reader = Reader::new(BufReader::with_capacity(PIECE, archive));
+    let mut reader = Reader::new(BufReader::with_capacity(PIECE, archive), RULES);
     let first = reader.next_entry()?;
     unpack_all(reader, first, folder, options)
 }
@@ -93,7 +98,7 @@ pub fn unpack_into(archive: impl Read, folder: &Path, options: &UnpackOptions) -
 /// # Errors
 /// [`UnpackError`]; of a folder, what had been unpacked before it stays.
 pub fn unpack_as(archive: impl Read, path: &Path, options: &UnpackOptions) -> Result<Unpacked, UnpackError> {
-    let mut reader = Reader::new(BufReader::with_capacity(PIECE, archive));
+    let mut reader = Reader::new(BufReader::with_capacity(PIECE, archive), RULES);
     match reader.next_entry()? {
         None => Err(UnpackError::malformed("no entry")),
         Some(entry) if entry.kind == Kind::Folder => unpack_all(reader, Some(entry), path, options),
