@@ -35,36 +35,15 @@ fn with_runtime(order: fn(Runtime, Vm, kiln::ExecChild)) {
 
 #[test]
 fn the_runtime_goes_first_second_or_last() {
-    with_runtime(|runtime, vm, child| {
-        drop_at_once(runtime);
-        drop_at_once(child);
-        drop_at_once(vm);
-    });
-    with_runtime(|runtime, vm, child| {
-        drop_at_once(runtime);
-        drop_at_once(vm);
-        drop_at_once(child);
-    });
-    with_runtime(|runtime, vm, child| {
-        drop_at_once(vm);
-        drop_at_once(runtime);
-        drop_at_once(child);
-    });
-    with_runtime(|runtime, vm, child| {
-        drop_at_once(child);
-        drop_at_once(runtime);
-        drop_at_once(vm);
-    });
-    with_runtime(|runtime, vm, child| {
-        drop_at_once(vm);
-        drop_at_once(child);
-        drop_at_once(runtime);
-    });
-    with_runtime(|runtime, vm, child| {
-        drop_at_once(child);
-        drop_at_once(vm);
-        drop_at_once(runtime);
-    });
+    let orders: [fn(Runtime, Vm, kiln::ExecChild); 6] = [
+        |runtime, vm, child| (drop_at_once(runtime), drop_at_once(vm), drop_at_once(child)).0,
+        |runtime, vm, child| (drop_at_once(runtime), drop_at_once(child), drop_at_once(vm)).0,
+        |runtime, vm, child| (drop_at_once(vm), drop_at_once(runtime), drop_at_once(child)).0,
+        |runtime, vm, child| (drop_at_once(child), drop_at_once(runtime), drop_at_once(vm)).0,
+        |runtime, vm, child| (drop_at_once(vm), drop_at_once(child), drop_at_once(runtime)).0,
+        |runtime, vm, child| (drop_at_once(child), drop_at_once(vm), drop_at_once(runtime)).0,
+    ];
+    orders.into_iter().for_each(with_runtime);
     let began = Instant::now();
     while vcpu_threads() > 0 {
         assert!(began.elapsed() < DEADLINE, "guests are still running");

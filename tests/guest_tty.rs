@@ -11,16 +11,17 @@ use guest::boot;
 use guest::sh;
 use guest::until;
 
-/// A shell that shows nothing but what commands print, beside the echo.
+/// An interactive shell that waits for its first command.
 async fn shell(vm: &kiln::Vm) -> Terminal {
-    Terminal::open(vm.exec_builder().argv(["sh", "-i"]).env("PS1", "ready> ")).await
+    let mut terminal = Terminal::open(vm.exec_builder().argv(["sh", "-i"]).env("PS1", "ready> ")).await;
+    terminal.expect("ready> ").await;
+    terminal
 }
 
 #[tokio::test]
 async fn the_terminal_is_the_controlling_one_and_leads_a_session() {
     let vm = boot().await;
     let mut terminal = shell(&vm).await;
-    terminal.expect("ready> ").await;
     terminal.keys("tty; echo by-name > /dev/tty; ps -o pid,sid,pgid,tty,comm | grep ' sh$'\n").await;
     terminal.expect("/dev/pts/").await;
     terminal.expect("by-name").await;
@@ -36,7 +37,6 @@ async fn the_terminal_is_the_controlling_one_and_leads_a_session() {
 async fn control_c_ends_the_foreground_job_and_not_the_shell() {
     let vm = boot().await;
     let mut terminal = shell(&vm).await;
-    terminal.expect("ready> ").await;
     terminal.keys("echo beg'un'; sleep 1000\n").await;
     terminal.expect("begun").await;
     until(&vm, "pidof sleep > /dev/null && echo runs", "runs\n").await;
@@ -51,7 +51,6 @@ async fn control_c_ends_the_foreground_job_and_not_the_shell() {
 async fn control_z_stops_a_job_that_can_be_brought_back() {
     let vm = boot().await;
     let mut terminal = shell(&vm).await;
-    terminal.expect("ready> ").await;
     terminal.keys("echo beg'un'; cat\n").await;
     terminal.expect("begun").await;
     until(&vm, "pidof cat > /dev/null && echo runs", "runs\n").await;
@@ -99,7 +98,6 @@ async fn the_end_of_input_is_an_end_of_file_on_the_terminal() {
 async fn hanging_up_ends_the_whole_session() {
     let vm = boot().await;
     let mut terminal = shell(&vm).await;
-    terminal.expect("ready> ").await;
     terminal.keys("sleep 1000 &\nsleep 1001\n").await;
     until(&vm, "pidof sleep | wc -w", "2\n").await;
     drop(terminal);

@@ -69,9 +69,9 @@ async fn a_timeout_holds_when_nobody_ever_answers() {
 
 #[tokio::test]
 async fn an_agent_that_dies_is_an_error_and_never_a_success() {
-    let agent = Agent::start().await;
+    let mut agent = Agent::start().await;
     let mut child = agent.exec(["sleep", "3.25"]).spawn().await.expect("spawns");
-    agent.signal(Signal::KILL);
+    agent.kill();
     let error = timeout(PATIENCE, child.wait()).await.expect("no hang").expect_err("no exit was seen");
     assert!(matches!(error, ExecError::AgentGone(_)), "{error:?}");
     let mut out = Vec::new();

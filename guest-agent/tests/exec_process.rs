@@ -189,8 +189,8 @@ async fn hundred_sessions_at_once_do_not_mix() {
 #[tokio::test]
 async fn five_hundred_live_sessions_and_a_thousand_in_a_row_leave_nothing_behind() {
     let agent = Agent::start().await;
-    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("running").count();
-    let idle = descriptors();
+    agent.idle().await;
+    let idle = agent.descriptors().len();
     let mut children = Vec::new();
     for _ in 0..500 {
         children.push(agent.exec(["cat"]).spawn().await.expect("spawns"));
@@ -208,13 +208,8 @@ async fn five_hundred_live_sessions_and_a_thousand_in_a_row_leave_nothing_behind
     for _ in 0..1000 {
         assert!(agent.exec(["true"]).status().await.expect("runs").success());
     }
-    timeout(PATIENCE, async {
-        while descriptors() != idle {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-    })
-    .await
-    .expect("every descriptor is closed again");
+    agent.idle().await;
+    assert_eq!(agent.descriptors().len(), idle, "every descriptor is closed again");
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use support::Agent;
 use support::gone;
 use support::running;
 use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
 
 #[tokio::test]
 async fn staged_files_are_there_before_the_command() {
@@ -78,10 +79,18 @@ async fn what_cannot_start_fails_the_spawn() {
 #[tokio::test]
 async fn events_tell_the_whole_story_in_order() {
     let agent = Agent::start().await;
-    // Each line waits for the other side's end, so that their order is the process's.
-    let script = "for i in 1 2 3; do echo out$i; sleep 0.02; echo err$i >&2; sleep 0.02; done; exit 4";
-    let events: Vec<ExecEvent> =
-        agent.sh(script).spawn().await.expect("starts").events().try_collect().await.expect("ends");
+    // It goes on when its last line has arrived: two pipes alone have no order.
+    let script = "for i in 1 2 3; do echo out$i; read go; echo err$i >&2; read go; done; exit 4";
+    let mut child = agent.sh(script).spawn().await.expect("starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    let mut stream = child.events();
+    let mut events = Vec::new();
+    while let Some(event) = stream.try_next().await.expect("no failure") {
+        if !matches!(event, ExecEvent::Exit(_)) {
+            stdin.write_all(b"go\n").await.expect("it reads");
+        }
+        events.push(event);
+    }
     let (last, printed) = events.split_last().expect("an exit at least");
     let printed: Vec<_> = printed
         .iter()

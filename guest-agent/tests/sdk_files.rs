@@ -130,11 +130,11 @@ async fn reading_and_opening_dropped_at_any_await_leave_nothing() {
 
 #[tokio::test]
 async fn a_writer_tells_why_the_agent_stopped_taking() {
-    let agent = Agent::start().await;
+    let mut agent = Agent::start().await;
     let files = GuestFiles::new(agent.socket());
     let mut writer = files.open_write(text(&agent.folder().join("file"))).await.expect("opened");
     writer.write_all(b"some").await.expect("taken");
-    agent.signal(rustix::process::Signal::KILL);
+    agent.kill();
     let failed = timeout(PATIENCE, async {
         while writer.write_all(&[0; 65536]).await.is_ok() {}
         writer.shutdown().await

@@ -183,8 +183,7 @@ impl ExecBuilder {
         let mut session = self.start(started, true).await?;
         if confirmed {
             // With a timeout the session ends by itself, as one that timed out.
-            let begun = tokio::time::timeout(START_DEADLINE, session.state.started()).await;
-            begun.unwrap_or(Err(ExecError::Timeout { after: START_DEADLINE }))?;
+            session::within(START_DEADLINE, session.state.started()).await?;
         }
         Ok(ExecChild::new(session, kill_on_drop))
     }
@@ -232,7 +231,7 @@ impl ExecBuilder {
             end_of_file.map_err(|error| ExecError::BadRequest { detail: error.to_string() })?;
         }
         let patience = self.connect_patience().saturating_sub(started.elapsed());
-        match session::connect(self.link.connector(), &opening, patience).await {
+        match session::within(patience, session::connect(self.link.connector(), &opening)).await {
             Ok(stream) => Ok(Session::new(stream, Mode::Process, with_stdin, started, self.timeout)),
             Err(error) => self.timed_out(started, error),
         }

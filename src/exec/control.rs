@@ -99,8 +99,9 @@ pub async fn sync_time(connector: &dyn Connector, deadline: Duration) -> Result<
 /// Has the agent do `action`, which is none of those that open a stream.
 ///
 /// # Errors
-/// [`ExecError::System`] when the guest's system refused it, [`ExecError::Refused`] when the agent did; [`ExecError::Connect`], [`ExecError::AgentGone`] or [`ExecError::Timeout`] when it
-/// does not answer within `deadline`; [`ExecError::Protocol`] when the answer makes no sense.
+/// [`ExecError::System`] when the guest's system refused it, [`ExecError::Refused`] when the agent did; [`ExecError::Connect`],
+/// [`ExecError::AgentGone`] or [`ExecError::Timeout`] when it does not answer within `deadline`; [`ExecError::Protocol`] when the answer
+/// makes no sense.
 ///
 /// # Cancel safety
 /// Cancelled, the action was done or not.
@@ -108,8 +109,7 @@ pub async fn control(connector: &dyn Connector, action: &Control, deadline: Dura
     if action.opens_stream() {
         return Err(ExecError::BadRequest { detail: "the action opens a stream".to_owned() });
     }
-    let answer = tokio::time::timeout(deadline, exchange(connector, action, deadline)).await;
-    accepted(answer.unwrap_or(Err(ExecError::Timeout { after: deadline }))?)
+    accepted(session::within(deadline, exchange(connector, action)).await?)
 }
 
 /// An acknowledgement that is one, or why the action was refused.
@@ -124,9 +124,9 @@ pub(crate) fn accepted(ack: ControlAck) -> Result<ControlAck, ExecError> {
     })
 }
 
-async fn exchange(connector: &dyn Connector, action: &Control, patience: Duration) -> Result<ControlAck, ExecError> {
+async fn exchange(connector: &dyn Connector, action: &Control) -> Result<ControlAck, ExecError> {
     let opening = session::opening(Kind::Control, action)?;
-    let stream = session::connect(connector, &opening, patience).await?;
+    let stream = session::connect(connector, &opening).await?;
     let mut frames = FramedRead::new(stream, FrameCodec::streaming());
     let frame = frames.next().await.ok_or_else(ExecError::hung_up)?.map_err(ExecError::gone)?;
     match frame.kind {

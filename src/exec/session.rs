@@ -98,9 +98,7 @@ impl Session {
         let driver = AbortOnDropHandle::new(tokio::spawn(driver.run()));
         Self { stdin, lanes, state: Progress(progress), messages, kill, let_go, driver }
     }
-}
 
-impl Session {
     /// A session that never came to be, and how it ended.
     pub(crate) fn ended(ended: Ended) -> Self {
         let lanes = Arc::new(Lanes::default());
@@ -165,19 +163,19 @@ pub(crate) fn opening(kind: Kind, json: &impl Serialize) -> Result<BytesMut, Exe
     Ok(bytes)
 }
 
-/// Connects to the agent and sends the first bytes of a session, within `patience`.
-pub(crate) async fn connect(
-    connector: &dyn Connector,
-    opening: &[u8],
+/// Connects to the agent and sends the first bytes of a session; the caller has the deadline, see [`within`].
+pub(crate) async fn connect(connector: &dyn Connector, opening: &[u8]) -> Result<Box<dyn GuestStream>, ExecError> {
+    let connected = connector.connect(AGENT_PORT).await;
+    let mut stream = connected.map_err(|error| ExecError::Connect(Arc::new(error)))?;
+    stream.write_all(opening).await.map_err(ExecError::gone)?;
+    stream.flush().await.map_err(ExecError::gone)?;
+    Ok(stream)
+}
+
+/// What `work` comes to, or [`ExecError::Timeout`] after `patience`.
+pub(crate) async fn within<T>(
     patience: Duration,
-) -> Result<Box<dyn GuestStream>, ExecError> {
-    let connecting = async {
-        let connected = connector.connect(AGENT_PORT).await;
-        let mut stream = connected.map_err(|error| ExecError::Connect(Arc::new(error)))?;
-        stream.write_all(opening).await.map_err(ExecError::gone)?;
-        stream.flush().await.map_err(ExecError::gone)?;
-        Ok(stream)
-    };
-    let connected = tokio::time::timeout(patience, connecting).await;
-    connected.unwrap_or(Err(ExecError::Timeout { after: patience }))
+    work: impl Future<Output = Result<T, ExecError>>,
+) -> Result<T, ExecError> {
+    tokio::time::timeout(patience, work).await.unwrap_or(Err(ExecError::Timeout { after: patience }))
 }

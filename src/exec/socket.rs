@@ -67,7 +67,7 @@ impl ExecSocket {
     /// `AddrInUse` when something is at `path`; otherwise why the socket cannot be made there.
     ///
     /// # Cancel safety
-    /// Cancelled, nothing is served; an empty socket may stay at `path`, which the next call replaces.
+    /// Cancelled, nothing is served; a socket that nobody answers may stay at `path`, which the next call replaces.
     pub async fn bind(path: impl Into<PathBuf>, connector: Arc<dyn Connector>) -> io::Result<Self> {
         let path = path.into();
         remove_leftover(&path).await?;
@@ -96,22 +96,26 @@ async fn listen(path: &Path) -> io::Result<UnixListener> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     let mut temporary = OsString::from(".");
     temporary.push(name);
-    temporary.push(format!(".{}.new", std::process::id()));
-    let temporary = path.with_file_name(temporary);
-    let _ = fs::remove_file(&temporary).await;
-    let listener = UnixListener::bind(&temporary)?;
-    let published = publish(&temporary, path).await;
-    let _ = fs::remove_file(&temporary).await;
-    published.map(|()| listener)
+    temporary.push(format!(".{:016x}", getrandom::u64().map_err(io::Error::other)?));
+    let temporary = Temporary(path.with_file_name(temporary));
+    let listener = UnixListener::bind(&temporary.0)?;
+    fs::set_permissions(&temporary.0, Permissions::from_mode(0o600)).await?;
+    // Unlike a rename, a link does not replace what is there.
+    match fs::hard_link(&temporary.0, path).await {
+        Ok(()) => Ok(listener),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) => Err(error),
+    }
 }
 
-async fn publish(temporary: &Path, path: &Path) -> io::Result<()> {
-    fs::set_permissions(temporary, Permissions::from_mode(0o600)).await?;
-    // Unlike a rename, a link does not replace what is there.
-    fs::hard_link(temporary, path).await.map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => io::ErrorKind::AddrInUse.into(),
-        _ => error,
-    })
+/// A name that goes with this value.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // It may not have been made yet.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// Removes a socket that nobody answers.

@@ -73,13 +73,13 @@ impl StreamSession {
     /// # Cancel safety
     /// Cancelled, the connection is closed.
     pub(crate) async fn open(connector: &dyn Connector, action: &Control) -> Result<Self, ExecError> {
-        let started = Instant::now();
         let opening = session::opening(Kind::Control, action)?;
-        let stream = session::connect(connector, &opening, OPEN_DEADLINE).await?;
-        let Session { stdin, lanes, mut state, let_go, driver, .. } =
-            Session::new(stream, Mode::Stream, true, started, None);
-        let start = tokio::time::timeout(OPEN_DEADLINE.saturating_sub(started.elapsed()), state.started()).await;
-        let start = start.unwrap_or(Err(ExecError::Timeout { after: OPEN_DEADLINE }))?;
+        let opened = session::within(OPEN_DEADLINE, async {
+            let stream = session::connect(connector, &opening).await?;
+            let mut session = Session::new(stream, Mode::Stream, true, Instant::now(), None);
+            Ok((session.state.started().await?, session))
+        });
+        let (start, Session { stdin, lanes, state, let_go, driver, .. }) = opened.await?;
         // Nothing comes on it; a reader that never reads must not count as one that may.
         lanes.close(Lane::Stderr);
         Ok(Self {

@@ -21,13 +21,12 @@ use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
 
 use super::FileError;
 use super::GuestFileReader;
 use super::GuestFileWriter;
 use super::GuestFiles;
-use super::STALL;
+use super::guest_files::step;
 
 /// Pieces between a copy's thread and its future.
 const PIECES: usize = 4;
@@ -133,17 +132,16 @@ async fn send(
     mut queue: mpsc::Receiver<Bytes>,
     packing: oneshot::Receiver<Result<(), PackError>>,
 ) -> Result<Result<(), PackError>, FileError> {
+    let path = writer.path().to_owned();
     while let Some(piece) = queue.recv().await {
-        let written = timeout(STALL, writer.write_all(&piece)).await;
-        writer.explain(written)?;
+        step(&path, writer.write_all(&piece)).await?;
     }
     let packed = packing.await.unwrap_or_else(|_| Err(PackError::Write(panicked())));
     match packed {
         // Not an end-of-file for the guest: dropping the writer tells it that the archive is cut short.
         Err(error @ (PackError::Read { .. } | PackError::Write(_) | PackError::TooDeep { .. })) => Ok(Err(error)),
         whole => {
-            let finished = timeout(STALL, writer.shutdown()).await;
-            writer.explain(finished)?;
+            step(&path, writer.shutdown()).await?;
             Ok(whole)
         }
     }
@@ -155,11 +153,11 @@ async fn receive(
     pieces: mpsc::Sender<Bytes>,
     unpacking: oneshot::Receiver<Result<Unpacked, UnpackError>>,
 ) -> Result<Result<Unpacked, UnpackError>, FileError> {
+    let path = reader.path().to_owned();
     let mut buffer = bytes::BytesMut::new();
     loop {
         buffer.reserve(PIECE);
-        let read = timeout(STALL, reader.read_buf(&mut buffer)).await;
-        let end = reader.explain(read)? == 0;
+        let end = step(&path, reader.read_buf(&mut buffer)).await? == 0;
         // A thread that takes no more has failed, and says why.
         if pieces.send(buffer.split().freeze()).await.is_err() || end {
             break;

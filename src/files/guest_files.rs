@@ -96,13 +96,11 @@ impl GuestFiles {
             let done = exec::control(self.link.connector(), &action, STALL).await;
             return done.map(|_| ()).map_err(|source| FileError::Guest { path, source });
         }
-        let mut writer = self.create(path, mode).await?;
+        let mut writer = self.create(path.clone(), mode).await?;
         for piece in content.chunks(ONE_ACTION) {
-            let written = timeout(STALL, writer.write_all(piece)).await;
-            writer.explain(written)?;
+            step(&path, writer.write_all(piece)).await?;
         }
-        let finished = timeout(STALL, writer.shutdown()).await;
-        writer.explain(finished)
+        step(&path, writer.shutdown()).await
     }
 
     /// Reads a file of 64 MiB at most.
@@ -124,21 +122,20 @@ impl GuestFiles {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn read_at_most(&self, path: impl Into<String>, limit: u64) -> Result<Vec<u8>, FileError> {
-        let mut reader = self.open_read(path).await?;
-        let too_large = |path: &str| FileError::TooLarge { path: path.to_owned(), limit };
+        let path = path.into();
+        let mut reader = self.open_read(path.clone()).await?;
         if reader.size() > limit {
-            return Err(too_large(reader.path()));
+            return Err(FileError::TooLarge { path, limit });
         }
         // The size is the guest's claim: memory is taken for what has come.
         let mut content = Vec::new();
         loop {
             content.reserve(64 << 10);
-            let read = timeout(STALL, reader.read_buf(&mut content)).await;
-            if reader.explain(read)? == 0 {
+            if step(&path, reader.read_buf(&mut content)).await? == 0 {
                 return Ok(content);
             }
             if content.len() as u64 > limit {
-                return Err(too_large(reader.path()));
+                return Err(FileError::TooLarge { path, limit });
             }
         }
     }
@@ -189,9 +186,9 @@ impl GuestFiles {
     }
 }
 
-/// What became of a step that had to be done within [`STALL`].
-pub(super) fn step<T>(path: &str, done: Result<io::Result<T>, tokio::time::error::Elapsed>) -> Result<T, FileError> {
-    let source = match done {
+/// One step of a transfer of `path`, which has [`STALL`].
+pub(super) async fn step<T>(path: &str, work: impl Future<Output = io::Result<T>>) -> Result<T, FileError> {
+    let source = match timeout(STALL, work).await {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => ExecError::from_io(error),
         Err(_) => ExecError::Timeout { after: STALL },

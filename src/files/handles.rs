@@ -10,11 +10,8 @@ use std::task::ready;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
-use tokio::time::error::Elapsed;
 use tokio_util::sync::ReusableBoxFuture;
 
-use super::FileError;
-use super::guest_files::step;
 use crate::exec::ExecError;
 use crate::exec::ExecStdin;
 use crate::exec::ExecStdout;
@@ -51,10 +48,6 @@ impl GuestFileReader {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
-    }
-
-    pub(super) fn explain<T>(&self, done: Result<io::Result<T>, Elapsed>) -> Result<T, FileError> {
-        step(&self.path, done)
     }
 }
 
@@ -99,10 +92,6 @@ impl GuestFileWriter {
     #[must_use]
     pub fn path(&self) -> &str {
         &self.path
-    }
-
-    pub(super) fn explain<T>(&self, done: Result<io::Result<T>, Elapsed>) -> Result<T, FileError> {
-        step(&self.path, done)
     }
 
     /// The agent's last word; the same each time.

@@ -95,9 +95,9 @@ impl Vm {
     /// # Examples
     /// ```no_run
     /// # async fn f(vm: kiln::Vm) -> Result<(), kiln::Error> {
-    /// vm.copy_in("my-project", "/work").await?;
-    /// vm.exec_builder().argv(["make"]).cwd("/work").status().await?;
-    /// vm.copy_out("/work/target", "target").await?;
+    /// vm.copy_in("my-project", "/srv/project").await?;
+    /// vm.exec_builder().argv(["make"]).cwd("/srv/project").status().await?;
+    /// vm.copy_out("/srv/project/target", "target").await?;
     /// # Ok(()) }
     /// ```
     pub async fn copy_in(&self, host: impl Into<PathBuf>, guest: impl Into<String>) -> Result<(), FileError> {

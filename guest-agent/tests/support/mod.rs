@@ -16,12 +16,13 @@ use kiln::exec::wait_ready;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Agent {
-    process: Child,
-    folder: tempfile::TempDir,
+    pub(crate) process: Child,
+    pub(crate) folder: tempfile::TempDir,
 }
 
 impl Agent {
-    pub(crate) async fn start() -> Self {
+    /// Started, whether or not it listens yet.
+    pub(crate) fn launch() -> Self {
         let folder = tempfile::tempdir().expect("temporary folder");
         let process = Command::new(env!("CARGO_BIN_EXE_kiln-agent"))
             .arg("--unix")
@@ -30,7 +31,11 @@ impl Agent {
             .env("FROM_AGENT", "yes")
             .spawn()
             .expect("the agent starts");
-        let agent = Self { process, folder };
+        Self { process, folder }
+    }
+
+    pub(crate) async fn start() -> Self {
+        let agent = Self::launch();
         wait_ready(&*agent.connector(), PATIENCE).await.expect("the agent answers");
         agent
     }
@@ -57,6 +62,31 @@ impl Agent {
 
     pub(crate) fn pid(&self) -> i32 {
         i32::try_from(self.process.id()).expect("a pid")
+    }
+
+    /// What the agent has open, as `/proc` names it.
+    pub(crate) fn descriptors(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the agent runs").flatten();
+        let targets = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        targets.map(|target| target.display().to_string()).collect()
+    }
+
+    /// Waits until the agent has no connection, also none that is just being closed: its one socket is the listener.
+    pub(crate) async fn idle(&self) {
+        let sockets = || self.descriptors().iter().filter(|name| name.starts_with("socket:")).count();
+        tokio::time::timeout(PATIENCE, async {
+            while sockets() > 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .unwrap_or_else(|_| panic!("{} sockets are open", sockets()));
+    }
+
+    /// Kills the agent, and waits until it is gone with all that it had open.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill().expect("the agent runs");
+        self.process.wait().expect("our child");
     }
 
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {

@@ -8,7 +8,6 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
-use std::process::Child;
 use std::process::Command;
 use std::time::Duration;
 use std::time::Instant;
@@ -21,34 +20,24 @@ use kiln_wire::frame::Frame;
 use kiln_wire::frame::FrameParser;
 use kiln_wire::frame::Kind;
 use kiln_wire::frame::header;
-use rustix::process::Pid;
 use rustix::process::Signal;
 
-/// Longer than anything here takes on a busy machine, so that a hang is a failure and not a wait for ever.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+#[path = "../support/mod.rs"]
+mod support;
 
-pub(crate) struct Agent {
-    process: Child,
-    folder: tempfile::TempDir,
-}
+pub(crate) use support::PATIENCE;
+
+pub(crate) struct Agent(support::Agent);
 
 impl Agent {
     pub(crate) fn start() -> Self {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let process = Command::new(env!("CARGO_BIN_EXE_kiln-agent"))
-            .arg("--unix")
-            .arg(folder.path().join("exec.sock"))
-            .current_dir(folder.path())
-            .env("FROM_AGENT", "yes")
-            .spawn()
-            .expect("the agent starts");
-        let agent = Self { process, folder };
-        until("the agent listens", || UnixStream::connect(agent.path("exec.sock")).is_ok());
+        let agent = Self(support::Agent::launch());
+        until("the agent listens", || UnixStream::connect(agent.0.socket()).is_ok());
         agent
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.0.folder().join(name)
     }
 
     /// The same as JSON text.
@@ -57,16 +46,16 @@ impl Agent {
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.process.id()
+        self.0.process.id()
     }
 
     /// What lies in the agent's folder, beside its socket.
     pub(crate) fn files(&self) -> Vec<String> {
-        names(self.folder.path()).into_iter().filter(|name| name != "exec.sock").collect()
+        names(self.0.folder()).into_iter().filter(|name| name != "exec.sock").collect()
     }
 
     pub(crate) fn dial(&self) -> Connection {
-        let stream = UnixStream::connect(self.path("exec.sock")).expect("connects");
+        let stream = UnixStream::connect(self.0.socket()).expect("connects");
         stream.set_read_timeout(Some(PATIENCE)).expect("valid");
         stream.set_write_timeout(Some(PATIENCE)).expect("valid");
         Connection { stream, parser: FrameParser::whole(), received: BytesMut::new() }
@@ -111,17 +100,9 @@ impl Agent {
 
     /// Ends the agent as its host does, and waits for that.
     pub(crate) fn stop(mut self) -> tempfile::TempDir {
-        let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a pid")).expect("a pid");
-        rustix::process::kill_process(pid, Signal::TERM).expect("the agent runs");
-        assert!(self.process.wait().expect("our child").success());
-        std::mem::replace(&mut self.folder, tempfile::tempdir().expect("temporary folder"))
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.0.signal(Signal::TERM);
+        assert!(self.0.process.wait().expect("our child").success());
+        std::mem::replace(&mut self.0.folder, tempfile::tempdir().expect("temporary folder"))
     }
 }
 
