@@ -34,6 +34,8 @@ pub(crate) struct Defaults {
     pub(crate) user: Option<String>,
     /// Limit of open files for processes, when the agent raised its own.
     pub(crate) open_files: Option<(u64, u64)>,
+    /// Signals that the agent was started to ignore.
+    pub(crate) ignored: Vec<i32>,
 }
 
 /// What all commands of one session share.
@@ -46,6 +48,7 @@ pub(crate) struct Plan {
     identity: Option<Identity>,
     terminal: bool,
     open_files: Option<(u64, u64)>,
+    ignored: Vec<i32>,
 }
 
 /// The agent's ends of a session's pipes or terminal.
@@ -93,15 +96,16 @@ impl Plan {
             .collect::<Result<_, _>>()?;
         let cwd = terminated(&cwd_text, "cwd")?;
         let identity = user.map(|user| user.identity);
-        let open_files = defaults.open_files;
-        Ok(Self { env, path, cwd, cwd_text, identity, terminal: request.tty, open_files })
+        let (open_files, ignored) = (defaults.open_files, defaults.ignored.clone());
+        Ok(Self { env, path, cwd, cwd_text, identity, terminal: request.tty, open_files, ignored })
     }
 
     /// What a process of the agent's own program gets: the agent's identity and folder, and no environment.
     pub(crate) fn own(defaults: &Defaults) -> Self {
         let here = c".".to_owned();
         let (env, path, cwd_text) = (Vec::new(), String::new(), ".".to_owned());
-        Self { env, path, cwd: here, cwd_text, identity: None, terminal: false, open_files: defaults.open_files }
+        let (open_files, ignored) = (defaults.open_files, defaults.ignored.clone());
+        Self { env, path, cwd: here, cwd_text, identity: None, terminal: false, open_files, ignored }
     }
 
     /// Starts `argv` on `ends`; the pid is also the process group.
@@ -120,6 +124,7 @@ impl Plan {
             stdio: [ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()],
             terminal: self.terminal,
             open_files: self.open_files,
+            ignored: &self.ignored,
         };
         process::start(&start).map_err(|error| self.explain(program, &error))
     }

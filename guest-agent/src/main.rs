@@ -47,6 +47,7 @@ use crate::launch::DEFAULT_PATH;
 use crate::launch::Defaults;
 use crate::server::Server;
 use crate::sys::net;
+use crate::sys::signal;
 
 /// Open files of the agent: four for each session, and some.
 const OPEN_FILES: u64 = 16384;
@@ -92,7 +93,7 @@ fn serve_unix(path: OsString) -> io::Result<()> {
     let text = |value: OsString| value.into_string().ok();
     let env = std::env::vars_os().filter_map(|(name, value)| Some((text(name)?, text(value)?))).collect();
     let workdir = std::env::current_dir()?.to_string_lossy().into_owned();
-    let defaults = Defaults { env, workdir, user: None, open_files: raise_open_files() };
+    let defaults = Defaults { env, workdir, user: None, open_files: raise_open_files(), ignored: signal::ignored() };
     let served = Server::new(listener.into(), defaults, true)?.run();
     let _ = fs::remove_file(path);
     served
@@ -130,7 +131,8 @@ fn guest_defaults(config: GuestConfig) -> Defaults {
     env.extend(config.env);
     let workdir = if config.workdir.is_empty() { "/".to_owned() } else { config.workdir };
     let user = config.user.filter(|user| !user.is_empty());
-    Defaults { env, workdir, user, open_files: raise_open_files() }
+    // The kernel starts PID 1 with none ignored.
+    Defaults { env, workdir, user, open_files: raise_open_files(), ignored: Vec::new() }
 }
 
 /// Raises the agent's limit of open files as far as it may, and returns the one that its processes are to have.

@@ -213,6 +213,17 @@ async fn five_hundred_live_sessions_and_a_thousand_in_a_row_leave_nothing_behind
 }
 
 #[tokio::test]
+async fn signals_that_the_agent_was_started_to_ignore_are_not_ignored_by_processes() {
+    let script = "trap '' HUP INT QUIT TERM USR1; exec \"$0\" \"$@\"";
+    let program = env!("CARGO_BIN_EXE_kiln-agent");
+    let agent = Agent::launch_by(std::process::Command::new("sh").args(["-c", script, program])).ready().await;
+    for (name, number) in [("HUP", 1), ("INT", 2), ("QUIT", 3), ("TERM", 15), ("USR1", 10), ("PIPE", 13)] {
+        let out = agent.sh(&format!("kill -{name} $$; echo survived")).output().await.expect("runs");
+        assert_eq!((out.status.signal(), &out.stdout[..]), (Some(number), &b""[..]), "{name}");
+    }
+}
+
+#[tokio::test]
 async fn the_limit_of_open_files_is_not_the_agents() {
     let agent = Agent::start().await;
     let limit = std::process::Command::new("sh").args(["-c", "ulimit -n; ulimit -Hn"]).output().expect("runs").stdout;

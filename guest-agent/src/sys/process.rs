@@ -41,6 +41,8 @@ pub(crate) struct Start<'a> {
     pub(crate) terminal: bool,
     /// The soft and hard limit of open files to give back, if the agent raised its own.
     pub(crate) open_files: Option<(u64, u64)>,
+    /// Signals that the agent was told to ignore, which concerns nobody else.
+    pub(crate) ignored: &'a [i32],
 }
 
 /// What the child was doing when it gave up.
@@ -178,10 +180,13 @@ fn enter_group(start: &Start<'_>) -> Result<(), c_int> {
     Ok(())
 }
 
-/// Undoes what the agent set for itself: ignored SIGPIPE, blocked signals, raised limit of open files.
+/// Undoes what the agent set for itself: ignored SIGPIPE, blocked signals, raised limit of open files; and what signals it was started to
+/// ignore, as under `nohup` or in the background of a script: a program expects ^C to end it.
 fn reset_inherited(start: &Start<'_>) {
-    // SAFETY: SIG_DFL runs no code, and without CLONE_SIGHAND the agent's own disposition stays.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    for &signal in start.ignored.iter().chain(&[libc::SIGPIPE]) {
+        // SAFETY: SIG_DFL runs no code, and without CLONE_SIGHAND the agent's own disposition stays.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initialises the set before sigprocmask reads it.
     unsafe {

@@ -8,6 +8,9 @@ use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::ptr;
 
+/// The highest signal number of Linux.
+const LAST_SIGNAL: i32 = 64;
+
 /// Blocks `signals` for this process and returns a non-blocking descriptor that reports them.
 pub(crate) fn signal_fd(signals: &[i32]) -> io::Result<OwnedFd> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
@@ -45,6 +48,22 @@ pub(crate) fn next_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     // SAFETY: the kernel wrote the whole structure, and any bytes are a valid value of it.
     let info = unsafe { info.assume_init() };
     i32::try_from(info.ssi_signo).ok()
+}
+
+/// The signals that this process ignores, as whoever started it wished.
+pub(crate) fn ignored() -> Vec<i32> {
+    (1..=LAST_SIGNAL).filter(|signal| is_ignored(*signal)).collect()
+}
+
+fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: no new action is given, and the old one goes to a structure of its type that outlives the call.
+    if unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) } != 0 {
+        // The C library keeps a few to itself.
+        return false;
+    }
+    // SAFETY: sigaction succeeded, so it has written the structure.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 /// Makes writes to a closed pipe or socket an error instead of the end of the agent.

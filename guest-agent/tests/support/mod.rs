@@ -23,8 +23,13 @@ pub(crate) struct Agent {
 impl Agent {
     /// Started, whether or not it listens yet.
     pub(crate) fn launch() -> Self {
+        Self::launch_by(&mut Command::new(env!("CARGO_BIN_EXE_kiln-agent")))
+    }
+
+    /// Started by `command`, to which the agent's arguments are added.
+    pub(crate) fn launch_by(command: &mut Command) -> Self {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let process = Command::new(env!("CARGO_BIN_EXE_kiln-agent"))
+        let process = command
             .arg("--unix")
             .arg(folder.path().join("exec.sock"))
             .current_dir(folder.path())
@@ -35,9 +40,13 @@ impl Agent {
     }
 
     pub(crate) async fn start() -> Self {
-        let agent = Self::launch();
-        wait_ready(&*agent.connector(), PATIENCE).await.expect("the agent answers");
-        agent
+        Self::launch().ready().await
+    }
+
+    /// Waits until it answers.
+    pub(crate) async fn ready(self) -> Self {
+        wait_ready(&*self.connector(), PATIENCE).await.expect("the agent answers");
+        self
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
