@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::image::Image;
 use crate::image::error::PullError;
+use crate::image::progress::Progress;
+use crate::image::progress::ProgressEvent;
 use crate::image::reference::Reference;
 use crate::image::registry;
 use crate::image::registry::RegistryAuth;
@@ -47,16 +49,18 @@ pub struct OciImageBuilder {
     auth: RegistryAuth,
     policy: PullPolicy,
     step_timeout: Duration,
+    progress: Progress,
 }
 
 impl OciImageBuilder {
-    pub(super) const fn new(reference: String) -> Self {
+    pub(super) fn new(reference: String) -> Self {
         Self {
             reference,
             store: None,
             auth: RegistryAuth::Anonymous,
             policy: PullPolicy::Always,
             step_timeout: DEFAULT_STEP_TIMEOUT,
+            progress: Progress::default(),
         }
     }
 
@@ -85,6 +89,12 @@ impl OciImageBuilder {
         self
     }
 
+    /// Whom to report to; by default nobody.
+    pub fn progress(mut self, progress: Progress) -> Self {
+        self.progress = progress;
+        self
+    }
+
     /// Pulls the image.
     ///
     /// # Errors
@@ -109,6 +119,7 @@ impl OciImageBuilder {
                 return Err(PullError::UnknownImage { reference: reference.to_string() });
             }
         }
+        self.progress.send(ProgressEvent::Resolving { reference: reference.to_string() });
         let image = registry::pull(&store, &reference, &self.auth, self.step_timeout).await?;
         let (store, digest) = (store, *image.digest());
         run_blocking(move || store.remember(&reference, &digest)).await?;

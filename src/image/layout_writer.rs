@@ -21,9 +21,9 @@ use crate::image::manifest::OCI_CONFIG;
 use crate::image::manifest::OCI_INDEX;
 use crate::image::manifest::OCI_LAYER;
 use crate::image::manifest::OCI_MANIFEST;
-use crate::image::manifest::Platform;
 use crate::image::manifest::REF_NAME;
 use crate::image::manifest::Resolved;
+use crate::image::platform::Platform;
 use crate::image::store::run_blocking;
 
 /// Writes an image whose only layer is the uncompressed archive `tar` into the layout `folder`,
@@ -72,7 +72,7 @@ fn write(folder: &Path, tag: String, tar: &[u8], config: &ImageConfig) -> Result
         "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": [layer],
     });
     let mut entry = put_blob(&blobs, OCI_MANIFEST, manifest.to_string().as_bytes())?;
-    entry.platform = Some(Platform { architecture: "amd64".into(), os: "linux".into(), variant: None });
+    entry.platform = Some(Platform::default());
     entry.annotations = Some(BTreeMap::from([(REF_NAME.to_owned(), tag)]));
     let digest = entry.digest;
     put_entry(&folder.join("index.json"), entry)?;

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::image::digest::Digest;
 use crate::image::error::ManifestError;
+use crate::image::platform::Platform;
 
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -58,24 +59,6 @@ impl Descriptor {
     }
 }
 
-/// What an entry of an index is made for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Platform {
-    pub(super) architecture: String,
-    pub(super) os: String,
-    /// amd64 micro-architecture level: "v2", "v3"...
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) variant: Option<String>,
-}
-
-impl Platform {
-    /// Whether the guest, a baseline x86-64, can run it.
-    fn is_guest(&self) -> bool {
-        let baseline = matches!(self.variant.as_deref(), None | Some("" | "v1"));
-        self.os == "linux" && self.architecture == "amd64" && baseline
-    }
-}
-
 /// An image manifest.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Manifest {
@@ -102,6 +85,11 @@ impl Manifest {
     }
 }
 
+/// Whether the guest, a baseline x86-64, can run it.
+fn is_guest(platform: &Platform) -> bool {
+    platform.serves(&Platform::default())
+}
+
 /// An index of manifests.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Index {
@@ -111,7 +99,7 @@ pub(super) struct Index {
 impl Index {
     /// The entry for the guest's platform; one without a platform only if there is no other choice.
     pub(super) fn choose(&self) -> Result<&Descriptor, ManifestError> {
-        let exact = self.manifests.iter().find(|entry| entry.platform.as_ref().is_some_and(Platform::is_guest));
+        let exact = self.manifests.iter().find(|entry| entry.platform.as_ref().is_some_and(is_guest));
         let unnamed = || match self.manifests.as_slice() {
             [only] if only.platform.is_none() => Some(only),
             _ => None,
@@ -121,7 +109,7 @@ impl Index {
 
     /// The entries that may lead to an image for the guest.
     pub(super) fn candidates(&self) -> impl Iterator<Item = &Descriptor> {
-        self.manifests.iter().filter(|entry| entry.platform.as_ref().is_none_or(Platform::is_guest))
+        self.manifests.iter().filter(|entry| entry.platform.as_ref().is_none_or(is_guest))
     }
 }
 

@@ -23,6 +23,8 @@ mod error;
 mod layout;
 mod layout_writer;
 mod manifest;
+mod platform;
+mod progress;
 mod reference;
 mod registry;
 mod store;
@@ -44,6 +46,11 @@ pub use error::LayoutError;
 pub use error::ManifestError;
 pub use error::PullError;
 pub use layout_writer::write_single_layer;
+pub use platform::Platform;
+pub use platform::PlatformParseError;
+pub use progress::Progress;
+pub use progress::ProgressEvent;
+pub use progress::ProgressEvents;
 pub use reference::Reference;
 pub use reference::ReferenceError;
 pub use registry::RegistryAuth;
@@ -163,6 +170,21 @@ impl Image {
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
         &self.inner.layers
+    }
+
+    /// The layers taken together, as the specification names them (image-spec, config.md, "Layer ChainID"); of an image
+    /// without layers, the digest of nothing. Images with the same chain have the same files.
+    #[must_use]
+    pub fn chain_id(&self) -> Digest {
+        let mut ids = self.inner.layers.iter().map(|layer| layer.diff_id);
+        let lowest = ids.next().unwrap_or_else(|| Digest::of(b""));
+        ids.fold(lowest, |chain, id| Digest::of(format!("{chain} {id}").as_bytes()))
+    }
+
+    /// The store that has the layers' blobs, and what is made from them.
+    #[must_use]
+    pub fn store(&self) -> &ImageStore {
+        &self.inner.store
     }
 
     /// Opens a layer's blob. Blocking.

@@ -3,6 +3,7 @@
 //! ```text
 //! <store>/blobs/sha256/<hex>          a blob; its content had this digest when it was written
 //! <store>/blobs/sha256/.tmp-<random>  a blob being written (see `atomic_file`)
+//! <store>/derived/<hex>-<what>         made from layers: <hex> is a diff id or a chain id; see `rootfs`
 //! <store>/references/<hex>            what a reference resolved to; <hex> = sha256 of the reference
 //! ```
 //!
@@ -121,7 +122,7 @@ impl ImageStore {
         let root: PathBuf = root.into();
         run_blocking(move || {
             let store = Self { root: root.into() };
-            for folder in [store.blobs(), store.references()] {
+            for folder in [store.blobs(), store.derived(), store.references()] {
                 fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
                 AtomicFile::sweep(&folder).map_err(StoreError::io(&folder))?;
             }
@@ -168,6 +169,12 @@ impl ImageStore {
 
     fn blobs(&self) -> PathBuf {
         self.root.join("blobs/sha256")
+    }
+
+    /// The folder of what is made from layers. The name of each file starts with the hex digits of the diff id or chain
+    /// id that it was made from, by which the collector tells whether it is still of use.
+    pub(crate) fn derived(&self) -> PathBuf {
+        self.root.join("derived")
     }
 
     fn references(&self) -> PathBuf {
