@@ -3,6 +3,9 @@
 use std::time::Duration;
 
 use crate::image::Image;
+use crate::image::customize::ImageChanges;
+use crate::image::customize::ImageFile;
+use crate::image::customize::customize;
 use crate::image::error::PullError;
 use crate::image::progress::Progress;
 use crate::image::progress::ProgressEvent;
@@ -50,6 +53,8 @@ pub struct OciImageBuilder {
     policy: PullPolicy,
     step_timeout: Duration,
     progress: Progress,
+    name: Option<String>,
+    changes: ImageChanges,
 }
 
 impl OciImageBuilder {
@@ -61,6 +66,8 @@ impl OciImageBuilder {
             policy: PullPolicy::Always,
             step_timeout: DEFAULT_STEP_TIMEOUT,
             progress: Progress::default(),
+            name: None,
+            changes: ImageChanges::new(),
         }
     }
 
@@ -95,7 +102,56 @@ impl OciImageBuilder {
         self
     }
 
-    /// Pulls the image.
+    /// A reference under which the store shall remember the image, beside the one it is pulled by. Where it means
+    /// something there already, it means this image from now on.
+    pub fn name(mut self, reference: impl Into<String>) -> Self {
+        self.name = Some(reference.into());
+        self
+    }
+
+    /// Replaces the image's ENTRYPOINT; its CMD is dropped then, as arguments for another program.
+    pub fn entrypoint<S: Into<String>>(mut self, argv: impl IntoIterator<Item = S>) -> Self {
+        self.changes = self.changes.entrypoint(argv);
+        self
+    }
+
+    /// Replaces the image's CMD: the arguments of its ENTRYPOINT or, without one, the whole command.
+    pub fn command<S: Into<String>>(mut self, argv: impl IntoIterator<Item = S>) -> Self {
+        self.changes = self.changes.command(argv);
+        self
+    }
+
+    /// Sets an environment variable, in place of the image's own of that name.
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.changes = self.changes.env(name, value);
+        self
+    }
+
+    /// Replaces the image's USER: `user`, `uid`, `user:group`, `uid:gid`.
+    pub fn user(mut self, user: impl Into<String>) -> Self {
+        self.changes = self.changes.user(user);
+        self
+    }
+
+    /// Replaces the image's WORKDIR; an absolute path, made in the guest where it is missing.
+    pub fn workdir(mut self, folder: impl Into<String>) -> Self {
+        self.changes = self.changes.workdir(folder);
+        self
+    }
+
+    /// The host name of the image's guests, unless [`VmConfig::hostname`](crate::vm::VmConfig::hostname) says another.
+    pub fn hostname(mut self, name: impl Into<String>) -> Self {
+        self.changes = self.changes.hostname(name);
+        self
+    }
+
+    /// Adds a file to the image, over its layers.
+    pub fn file(mut self, file: ImageFile) -> Self {
+        self.changes = self.changes.file(file);
+        self
+    }
+
+    /// Pulls the image, and makes the changed one when changes were asked for.
     ///
     /// # Errors
     ///
@@ -107,12 +163,28 @@ impl OciImageBuilder {
     /// are removed.
     pub async fn pull(self) -> Result<Image, PullError> {
         let reference: Reference = self.reference.parse()?;
-        let store = match self.store {
-            Some(store) => store,
+        let name: Option<Reference> = self.name.as_deref().map(str::parse).transpose()?;
+        self.changes.check()?;
+        let store = match &self.store {
+            Some(store) => store.clone(),
             None => ImageStore::open_default().await?,
         };
+        let image = self.base(&store, &reference).await?;
+        let changes = self.changes;
+        run_blocking(move || {
+            let image = if changes.is_empty() { image } else { customize(&store, &image, &changes)? };
+            if let Some(name) = name {
+                store.remember(&name, image.digest())?;
+            }
+            Ok(image)
+        })
+        .await
+    }
+
+    /// The image as its author made it.
+    async fn base(&self, store: &ImageStore, reference: &Reference) -> Result<Image, PullError> {
         if self.policy != PullPolicy::Always {
-            if let Some(image) = recall(&store, &reference).await? {
+            if let Some(image) = recall(store, reference).await? {
                 return Ok(image);
             }
             if self.policy == PullPolicy::Never {
@@ -120,8 +192,8 @@ impl OciImageBuilder {
             }
         }
         self.progress.send(ProgressEvent::Resolving { reference: reference.to_string() });
-        let image = registry::pull(&store, &reference, &self.auth, self.step_timeout).await?;
-        let (store, digest) = (store, *image.digest());
+        let image = registry::pull(store, reference, &self.auth, self.step_timeout).await?;
+        let (store, reference, digest) = (store.clone(), reference.clone(), *image.digest());
         run_blocking(move || store.remember(&reference, &digest)).await?;
         Ok(image)
     }

@@ -8,6 +8,10 @@ use serde::Serialize;
 
 use crate::image::digest::Digest;
 
+/// The label by which an image says what its guests are called: the specification has no field for it, and the one that
+/// Docker writes into configurations is the name of the container that the image was built in.
+pub(super) const HOSTNAME_LABEL: &str = "io.kiln.hostname";
+
 /// Longest single text: the kernel's `MAX_ARG_STRLEN`, 32 pages, beyond which `execve` refuses.
 const MAX_STRING: usize = 128 << 10;
 
@@ -130,6 +134,12 @@ impl ImageConfig {
     #[must_use]
     pub fn command(&self) -> Vec<String> {
         self.entrypoint.iter().chain(&self.cmd).cloned().collect()
+    }
+
+    /// The host name that [`OciImageBuilder::hostname`](crate::image::OciImageBuilder::hostname) gave the image.
+    #[must_use]
+    pub fn hostname(&self) -> Option<&str> {
+        self.labels.get(HOSTNAME_LABEL).map(String::as_str)
     }
 
     /// Parses a configuration; also returns the digests of the uncompressed layers, lowest first.

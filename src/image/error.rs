@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::image::config::ConfigError;
+use crate::image::customize::CustomizeError;
 use crate::image::digest::Digest;
 use crate::image::reference::ReferenceError;
 use crate::image::store::BlobError;
@@ -143,9 +144,21 @@ pub enum PullError {
         /// The deadline it missed.
         limit: Duration,
     },
+    /// The image is there but could not be changed as asked.
+    #[error("the image cannot be changed as asked")]
+    Customize(#[source] CustomizeError),
     /// The store failed.
     #[error("the image store failed")]
     Store(#[from] StoreError),
+}
+
+impl From<CustomizeError> for PullError {
+    fn from(error: CustomizeError) -> Self {
+        match error {
+            CustomizeError::Store(error) => Self::Store(error),
+            error => Self::Customize(error),
+        }
+    }
 }
 
 impl From<BlobError> for PullError {

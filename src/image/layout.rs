@@ -166,7 +166,7 @@ fn select<'a>(index: &'a Index, tag: Option<&str>) -> Result<&'a Descriptor, Lay
 }
 
 /// Opens a regular file; a FIFO or device in a hostile folder must not make the reader wait.
-fn open_regular(path: &Path) -> io::Result<File> {
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
     let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
     let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
     if file.metadata()?.is_file() {

@@ -18,6 +18,7 @@
 mod atomic_file;
 mod builder;
 mod config;
+mod customize;
 mod digest;
 mod error;
 mod layout;
@@ -40,6 +41,9 @@ pub use builder::OciImageBuilder;
 pub use builder::PullPolicy;
 pub use config::ConfigError;
 pub use config::ImageConfig;
+pub use customize::CustomizeError;
+pub use customize::ImageChanges;
+pub use customize::ImageFile;
 pub use digest::Digest;
 pub use digest::DigestParseError;
 pub use error::LayoutError;
@@ -170,6 +174,20 @@ impl Image {
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
         &self.inner.layers
+    }
+
+    /// Makes the image that `changes` turn this one into. It is in the same store, with a digest of its own and no name.
+    ///
+    /// # Errors
+    ///
+    /// [`CustomizeError`] says what cannot be had; nothing half-written is left in the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not stop the writing; the store stays whole.
+    pub async fn changed(&self, changes: ImageChanges) -> Result<Self, CustomizeError> {
+        let image = self.clone();
+        run_blocking(move || customize::customize(image.store(), &image, &changes)).await
     }
 
     /// The layers taken together, as the specification names them (image-spec, config.md, "Layer ChainID"); of an image

@@ -14,6 +14,7 @@
 use std::fs;
 use std::fs::File;
 use std::io;
+use std::io::BufWriter;
 use std::io::Read;
 use std::io::Write;
 use std::path::Path;
@@ -167,6 +168,21 @@ impl ImageStore {
         layout::import(self, folder.as_ref(), tag).await
     }
 
+    /// Remembers `image`, which must be of this store, under `reference`; where that means something already, it means
+    /// this image from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Io`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not stop the writing; the reference means the old image or the new.
+    pub async fn name(&self, reference: &Reference, image: &Image) -> Result<(), StoreError> {
+        let (store, reference, digest) = (self.clone(), reference.clone(), *image.digest());
+        run_blocking(move || store.remember(&reference, &digest)).await
+    }
+
     fn blobs(&self) -> PathBuf {
         self.root.join("blobs/sha256")
     }
@@ -214,6 +230,28 @@ impl ImageStore {
         }
         let path = self.blob_path(digest);
         AtomicFile::write(&path, bytes).map_err(StoreError::io(&path))
+    }
+
+    /// Stores the blob that `write` writes, which is also told where, for its errors; returns its digest and size. Blocking.
+    pub(super) fn put_written<E: From<StoreError>>(
+        &self,
+        write: impl FnOnce(&mut dyn Write, &Path) -> Result<(), E>,
+    ) -> Result<(Digest, u64), E> {
+        let folder = self.blobs();
+        let file = AtomicFile::create(&folder).map_err(StoreError::io(&folder))?;
+        let written =
+            Hashed::write_all_of(file.file(), |out| write(out, &folder), |error| StoreError::io(&folder)(error).into());
+        match written {
+            Ok((digest, size)) => {
+                let path = self.blob_path(&digest);
+                file.commit(&path).map_err(StoreError::io(&path))?;
+                Ok((digest, size))
+            }
+            Err(error) => {
+                file.discard();
+                Err(error)
+            }
+        }
     }
 
     /// Copies a blob out of `source`, checking it on the way. Blocking.
@@ -332,6 +370,40 @@ impl BlobWriter {
     pub(super) fn discard(self) -> PathBuf {
         self.file.discard();
         self.target
+    }
+}
+
+/// Hashes and counts what is written.
+struct Hashed<W> {
+    out: W,
+    hasher: Sha256,
+    size: u64,
+}
+
+impl<W: Write> Hashed<W> {
+    /// The digest and size of what `write` writes.
+    fn write_all_of<E>(
+        out: W,
+        write: impl FnOnce(&mut dyn Write) -> Result<(), E>,
+        failed: impl FnOnce(io::Error) -> E,
+    ) -> Result<(Digest, u64), E> {
+        let mut hashed = Hashed { out: BufWriter::with_capacity(COPY_CHUNK, out), hasher: Sha256::new(), size: 0 };
+        write(&mut hashed)?;
+        hashed.flush().map_err(failed)?;
+        Ok((Digest::from_hasher(hashed.hasher), hashed.size))
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        self.size += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 

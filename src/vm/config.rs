@@ -175,12 +175,21 @@ pub struct GuestRoot {
     pub workdir: String,
     /// USER; root when absent.
     pub user: Option<String>,
+    /// What the guest is called unless [`VmConfig::hostname`] says otherwise.
+    pub hostname: Option<String>,
 }
 
 impl GuestRoot {
     /// An EROFS image at `path`, with an empty OCI configuration.
     #[must_use]
     pub fn erofs(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), fs: "erofs".to_owned(), env: Vec::new(), workdir: "/".to_owned(), user: None }
+        Self {
+            path: path.into(),
+            fs: "erofs".to_owned(),
+            env: Vec::new(),
+            workdir: "/".to_owned(),
+            user: None,
+            hostname: None,
+        }
     }
 }

@@ -50,6 +50,7 @@ impl Image {
         let mut root = GuestRoot::erofs(built.path);
         root.env = oci.env.iter().filter_map(variable).collect();
         root.user = oci.user.clone().filter(|user| !user.is_empty());
+        root.hostname = oci.hostname().map(str::to_owned);
         if let Some(folder) = oci.working_dir.clone().filter(|folder| !folder.is_empty()) {
             root.workdir = folder;
         }

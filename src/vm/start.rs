@@ -91,7 +91,7 @@ fn ended_early(end: MachineEnd, console: Vec<String>) -> StartError {
 fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
     let defaults = GuestConfig::default();
     GuestConfig {
-        hostname: config.hostname.clone().unwrap_or(defaults.hostname),
+        hostname: config.hostname.clone().or_else(|| root.hostname.clone()).unwrap_or(defaults.hostname),
         resolv_conf: config.resolv_conf.clone(),
         env: root.env.clone(),
         workdir: root.workdir.clone(),

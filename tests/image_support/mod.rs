@@ -280,6 +280,11 @@ impl Place {
         rootfs::build(&self.import(layers).await, &self.cache).await
     }
 
+    /// The image's root filesystem as one file.
+    pub async fn flat(&self, image: &Image) -> std::path::PathBuf {
+        rootfs::build(image, &self.cache).await.unwrap().path
+    }
+
     /// Files in store and cache that are temporary or not named by a digest.
     pub fn debris(&self) -> Vec<String> {
         let mut found = Vec::new();
