@@ -30,6 +30,8 @@ use crate::image::manifest::OCI_MANIFEST;
 use crate::image::store::ImageStore;
 use crate::image::store::StoreError;
 
+type Object = Map<String, Value>;
+
 /// A file to add to an image. Replaces what is at its path; folders on the way are made, as root's, where missing.
 ///
 /// ```
@@ -262,7 +264,7 @@ pub(super) fn customize(store: &ImageStore, image: &Image, changes: &ImageChange
 }
 
 /// The image's manifest and configuration, with all that is in them.
-fn documents(store: &ImageStore, image: &Image) -> Result<(Map<String, Value>, Map<String, Value>), CustomizeError> {
+fn documents(store: &ImageStore, image: &Image) -> Result<(Object, Object), CustomizeError> {
     let gone = || CustomizeError::Gone(*image.digest());
     let json = |error: serde_json::Error| manifest_error(ManifestError::Json(error.into()));
     let manifest = store.read_small(image.digest(), Manifest::MAX_SIZE)?.ok_or_else(gone)?;
@@ -286,7 +288,7 @@ fn put(store: &ImageStore, bytes: &[u8]) -> Result<Digest, CustomizeError> {
 }
 
 /// The object at `key`, made if there is `null` or nothing: both are what builders write for an empty one.
-fn object<'a>(parent: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<String, Value> {
+fn object<'a>(parent: &'a mut Object, key: &str) -> &'a mut Object {
     let value = parent.entry(key).or_insert(Value::Null);
     if !value.is_object() {
         *value = Value::Object(Map::new());
@@ -294,7 +296,7 @@ fn object<'a>(parent: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<Stri
     value.as_object_mut().expect("it was just made one")
 }
 
-fn list<'a>(parent: &'a mut Map<String, Value>, key: &str) -> &'a mut Vec<Value> {
+fn list<'a>(parent: &'a mut Object, key: &str) -> &'a mut Vec<Value> {
     let value = parent.entry(key).or_insert(Value::Null);
     if !value.is_array() {
         *value = Value::Array(Vec::new());
@@ -302,7 +304,7 @@ fn list<'a>(parent: &'a mut Map<String, Value>, key: &str) -> &'a mut Vec<Value>
     value.as_array_mut().expect("it was just made one")
 }
 
-fn configure(config: &mut Map<String, Value>, changes: &ImageChanges) {
+fn configure(config: &mut Object, changes: &ImageChanges) {
     let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
     if let Some(entrypoint) = &changes.entrypoint {
         set("Entrypoint", json!(entrypoint));
