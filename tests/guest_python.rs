@@ -1,6 +1,8 @@
 //! A program that nobody here wrote, pulled from a registry that nobody here wrote: Debian's `python3` computes
 //! in the guest, and has to print what the same interpreter prints on this machine's own processor.
 
+#[path = "support/debian.rs"]
+mod debian;
 #[path = "support/guest.rs"]
 mod guest;
 mod image_support;
@@ -17,6 +19,9 @@ use kiln::units::Bytes;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 
+const INSTALLED: &str = include_str!("support/installed.py");
+const MODULES: &str = "modules 305 missing _gdbm _msi _overlapped _scproxy _tkinter _winapi ensurepip idlelib lib2to3 \
+                       msilib msvcrt nis nt tkinter turtle turtledemo winreg winsound";
 const PROGRAM: &str = include_str!("support/compute.py");
 
 /// Boots the image after a round through the registry.
@@ -48,6 +53,21 @@ async fn python_from_a_registry_computes_what_it_computes_here() {
     assert!(there.ends_with("(3, 11)\n"));
 
     converse(&vm).await;
+}
+
+#[tokio::test]
+async fn every_module_is_imported_and_every_installed_file_is_what_was_installed() {
+    let python = tokio::task::spawn_blocking(python::PythonImage::ensure).await.unwrap();
+    let vm = boot(&python).await;
+    let out = vm.exec_builder().argv(["python3", "-c", INSTALLED]).timeout(guest::DEADLINE).output().await.unwrap();
+    assert!(out.success() && out.stderr.is_empty(), "{}", show(&out));
+    let out = String::from_utf8(out.stdout).unwrap();
+    let lines: Vec<&str> = out.lines().collect();
+    let [modules, files] = lines.as_slice() else { panic!("{out}") };
+    // Those of Windows and macOS, and what Debian has in packages of its own or with libraries that are not here.
+    assert_eq!(*modules, MODULES);
+    let numbers: Vec<u64> = files.split(' ').filter_map(|word| word.parse().ok()).collect();
+    assert!(matches!(numbers.as_slice(), [800..=u64::MAX, 30_000_000..=u64::MAX]), "{files}");
 }
 
 /// An interpreter that is talked to: state between the lines, and its traceback on stderr.

@@ -235,9 +235,11 @@ impl<R: Read> Reader<R> {
     fn skip_content(&mut self) -> Result<(), ArchiveError> {
         // A multiple of the block's length that fits, see `begin_content`.
         let length = self.content + self.padding;
+        // Some writers leave the last entry's padding out with the end mark, and Go's reader, which is Docker's, takes that.
+        let needed = if self.rules.needs_end_mark { length } else { self.content };
         (self.content, self.padding) = (0, 0);
         let skipped = io::copy(&mut self.input.by_ref().take(length), &mut io::sink()).map_err(ArchiveError::Read)?;
-        if skipped < length { Err(ArchiveError::Truncated) } else { Ok(()) }
+        if skipped < needed { Err(ArchiveError::Truncated) } else { Ok(()) }
     }
 
     fn extension(&mut self, header: &Header) -> Result<Vec<u8>, ArchiveError> {
