@@ -26,6 +26,7 @@ mod sys;
 mod tcp;
 mod uploads;
 mod users;
+mod workdir;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
