@@ -15,6 +15,7 @@ mod files;
 mod helper;
 mod kin;
 mod launch;
+mod log;
 mod outbox;
 mod poll;
 mod process;
@@ -27,6 +28,7 @@ mod tcp;
 mod uploads;
 mod users;
 mod workdir;
+mod workload;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

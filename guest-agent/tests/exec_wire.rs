@@ -74,7 +74,9 @@ async fn an_unknown_action_is_refused_in_the_agreed_words() {
     let agent = Agent::start().await;
     let acks = session(&agent, &[Frame::new(Kind::Control, &b"{\"action\":\"dance\"}"[..])]);
     assert_eq!(acks, [Frame::new(Kind::Control, &b"{\"ok\":false,\"error\":\"unknown CONTROL action\"}"[..])]);
-    let error = control(&*agent.connector(), &Control::Signal { signum: 15 }, PATIENCE).await.expect_err("no workload");
+    let error = control(&*agent.connector(), &Control::Signal { signum: 15, run: None }, PATIENCE)
+        .await
+        .expect_err("no workload");
     assert!(matches!(error, ExecError::Refused { .. }), "{error:?}");
 }
 
