@@ -10,6 +10,7 @@ use serde_json::Value;
 use serde_json::json;
 use wire::Agent;
 use wire::Connection;
+use wire::support::Gate;
 use wire::support::gone;
 use wire::support::started;
 use wire::until;
@@ -102,19 +103,6 @@ fn wait(agent: &Agent) -> u32 {
     heard.code
 }
 
-/// A pipe that holds a script up until it is opened here.
-fn gate(agent: &Agent, name: &str) -> std::path::PathBuf {
-    let path = agent.path(name);
-    let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).expect("made");
-    path
-}
-
-/// Lets a script go on that reads the gate.
-fn open_gate(path: &std::path::Path) {
-    std::fs::write(path, "go\n").expect("the script reads it");
-}
-
 #[test]
 fn it_gets_the_request_and_nothing_to_read() {
     let agent = Agent::start();
@@ -184,7 +172,7 @@ fn what_does_not_start_says_why_and_replaces_nothing() {
 #[test]
 fn every_byte_comes_in_order_to_every_reader_at_any_time() {
     let agent = Agent::start();
-    let gate = gate(&agent, "gate");
+    let mut gate = Gate::new(&agent.path("gate"));
     let (_, run) = start(&agent, "echo one; echo two >&2; read x < gate; echo three; read x < gate; exit 5");
     let mut early = logs(&agent);
     let first = [early.next().expect("output"), early.next().expect("output")];
@@ -193,12 +181,12 @@ fn every_byte_comes_in_order_to_every_reader_at_any_time() {
     let mut left = logs(&agent);
     left.next().expect("output");
     drop(left);
-    open_gate(&gate);
+    gate.open();
     hear(&mut early, "three\n");
     let late = logs(&agent);
     let from_the_middle = logs_from(&agent, 6);
     let from_the_end = logs_from(&agent, 14);
-    open_gate(&gate);
+    gate.open();
     let all = Heard { stdout: b"one\nthree\n".to_vec(), stderr: b"two\n".to_vec(), lost: 0, code: 5 };
     assert_eq!(rest(early), Heard { code: 5, ..Heard::default() });
     assert_eq!(rest(late), all);
@@ -215,13 +203,10 @@ fn what_nobody_reads_holds_nothing_up_and_what_is_lost_is_told() {
     let agent = Agent::start();
     // More than pipes, sockets and the backlog hold together.
     let script = "head -c 8000000 /dev/zero; printf end; echo last >&2";
-    let stuck = {
-        let gate = gate(&agent, "gate");
-        start(&agent, &format!("read x < gate; {script}"));
-        let stuck = logs(&agent);
-        open_gate(&gate);
-        stuck
-    };
+    let mut gate = Gate::new(&agent.path("gate"));
+    start(&agent, &format!("read x < gate; {script}"));
+    let stuck = logs(&agent);
+    gate.open();
     assert_eq!(wait(&agent), 0);
     let heard = rest(logs(&agent));
     assert_eq!((heard.lost + heard.stdout.len() as u64, heard.stderr.len()), (8_000_003, 5));
@@ -241,19 +226,19 @@ fn what_nobody_reads_holds_nothing_up_and_what_is_lost_is_told() {
 #[test]
 fn a_reader_that_keeps_up_loses_nothing() {
     let agent = Agent::start();
-    let gate = gate(&agent, "gate");
+    let mut gate = Gate::new(&agent.path("gate"));
     start(&agent, "while read x; do head -c 100000 /dev/zero; done < gate; exit 1");
     let mut reader = logs(&agent);
-    let mut pipe = std::fs::OpenOptions::new().write(true).open(&gate).expect("the script reads it");
     let mut heard = Heard::default();
     for round in 1..=30 {
-        std::io::Write::write_all(&mut pipe, b"more\n").expect("the script reads it");
+        gate.open();
         while heard.stdout.len() < round * 100_000 {
             let frame = reader.next().expect("output");
             heard.take(frame.kind, &frame.payload);
         }
     }
-    drop(pipe);
+    // Its end-of-file.
+    drop(gate);
     assert_eq!((heard.lost, heard.stdout.len()), (0, 3_000_000));
     assert_eq!(rest(reader).code, 1);
 }
@@ -291,7 +276,7 @@ fn signals_reach_the_whole_group_of_the_run_that_is_meant() {
 #[test]
 fn hosts_that_leave_take_nothing_along() {
     let agent = Agent::start();
-    let gate = gate(&agent, "gate");
+    let mut gate = Gate::new(&agent.path("gate"));
     start(&agent, "trap 'echo hung up' HUP; echo up; read x < gate; echo over");
     let mut reader = logs(&agent);
     hear(&mut reader, "up\n");
@@ -299,7 +284,7 @@ fn hosts_that_leave_take_nothing_along() {
     drop((reader, waiting));
     // Their sockets are closed, so the agent has seen them leave; half a second later it would kill.
     agent.block_on(agent.0.idle());
-    open_gate(&gate);
+    gate.open();
     assert_eq!(rest(logs(&agent)).stdout, b"up\nover\n");
 }
 
@@ -328,7 +313,7 @@ fn a_child_that_never_stops_writing_keeps_neither_the_end_nor_the_agent() {
 #[test]
 fn the_time_that_it_ran_is_told() {
     let agent = Agent::start();
-    let gate = gate(&agent, "gate");
+    let mut gate = Gate::new(&agent.path("gate"));
     start(&agent, "read x < gate");
     let ran = || {
         let mut connection = agent.control(r#"{"action":"workload_wait"}"#);
@@ -336,7 +321,7 @@ fn the_time_that_it_ran_is_told() {
     };
     let first = ran();
     until("time passes for it", || ran() > first);
-    open_gate(&gate);
+    gate.open();
     assert_eq!(wait(&agent), 0);
     let last = ran();
     assert!(last > first, "{last}");

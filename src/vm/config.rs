@@ -175,12 +175,24 @@ pub struct GuestRoot {
     pub workdir: String,
     /// USER; root when absent.
     pub user: Option<String>,
+    /// ENTRYPOINT and CMD; empty when the image has neither.
+    pub command: Vec<String>,
+    /// The number of STOPSIGNAL; SIGTERM when absent.
+    pub stop_signal: Option<u8>,
 }
 
 impl GuestRoot {
     /// An EROFS image at `path`, with an empty OCI configuration.
     #[must_use]
     pub fn erofs(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), fs: "erofs".to_owned(), env: Vec::new(), workdir: "/".to_owned(), user: None }
+        Self {
+            path: path.into(),
+            fs: "erofs".to_owned(),
+            env: Vec::new(),
+            workdir: "/".to_owned(),
+            user: None,
+            command: Vec::new(),
+            stop_signal: None,
+        }
     }
 }
