@@ -1,4 +1,4 @@
-//! CONTROL actions: one question, one answer, no process. Those that open a stream are [`crate::session`]'s.
+//! CONTROL actions: one question, one answer. Those that open a stream are [`crate::session`]'s.
 
 use std::fs;
 use std::io;

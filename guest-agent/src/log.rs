@@ -38,6 +38,8 @@ pub(crate) struct Log {
     pieces: VecDeque<Piece>,
     /// The offset of the first byte that is kept.
     start: u64,
+    /// Where reads arrive, kept from one to the next.
+    chunk: Vec<u8>,
 }
 
 impl Log {
@@ -49,6 +51,13 @@ impl Log {
     /// The offset of the next byte that will be written.
     pub(crate) fn end(&self) -> u64 {
         self.start + self.bytes.len() as u64
+    }
+
+    /// No more will be written: gives back what only writing needs.
+    pub(crate) fn seal(&mut self) {
+        self.chunk = Vec::new();
+        self.bytes.shrink_to_fit();
+        self.pieces.shrink_to_fit();
     }
 
     fn append(&mut self, kind: Kind, bytes: &[u8]) {
@@ -111,9 +120,13 @@ impl Sink for Turn<'_> {
     }
 
     fn fill(&mut self, kind: Kind, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let mut chunk = [0; CHUNK];
-        let read = rustix::io::read(fd, &mut chunk[..])?;
-        self.log.append(kind, &chunk[..read]);
+        let mut chunk = std::mem::take(&mut self.log.chunk);
+        chunk.clear();
+        chunk.reserve_exact(CHUNK);
+        let read = rustix::io::read(fd, rustix::buffer::spare_capacity(&mut chunk));
+        self.log.append(kind, &chunk);
+        self.log.chunk = chunk;
+        let read = read?;
         self.left = self.left.saturating_sub(read);
         Ok(read)
     }

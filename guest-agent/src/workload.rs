@@ -145,7 +145,8 @@ fn settle(shared: &mut Shared) {
     let State::Running(running) = &mut shared.workload.state else { return };
     let Some(end) = running.process.end() else { return };
     let (run, ran) = (running.run, running.ran.unwrap_or_default());
-    let log = std::mem::take(&mut running.log);
+    let mut log = std::mem::take(&mut running.log);
+    log.seal();
     shared.workload.state = State::Ended(Rc::new(Ended { run, ran, log, end }));
     set_timer(None, shared);
 }
