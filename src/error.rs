@@ -5,6 +5,7 @@ use crate::files::FileError;
 use crate::image::{LayoutError, PullError};
 use crate::rootfs::RootfsError;
 use crate::vm::{ShutdownError, StartError};
+use crate::workload::WorkloadError;
 
 /// Any error of this crate, for callers that only pass it on.
 ///
@@ -27,6 +28,9 @@ pub enum Error {
     /// A command could not be run.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// A workload could not be started or found.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
     /// A file of the guest's could not be read or written.
     #[error(transparent)]
     File(#[from] FileError),

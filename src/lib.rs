@@ -31,6 +31,7 @@
 //! | [`exec`] | commands in the guest, in the manner of `tokio::process` |
 //! | [`files`] | files and trees in the guest |
 //! | [`tcp`] | TCP ports of the guest |
+//! | [`workload`] | the image's own command in the guest |
 //! | [`vm`] | a VM's life |
 //!
 //! An unoptimised build of the software processor is some thirty times slower; in a program that uses kiln put
@@ -54,6 +55,7 @@ pub mod transport;
 pub mod units;
 pub mod vm;
 pub mod vmm;
+pub mod workload;
 
 pub use error::Error;
 pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExit, ExecOutcome, ExecSignaller};
@@ -63,3 +65,4 @@ pub use image::{Image, LayoutError, OciImageBuilder, PullError, PullPolicy};
 pub use rootfs::RootfsError;
 pub use tcp::{GuestTcpStream, TcpForwarder};
 pub use vm::{ShutdownError, StartError, Vm, VmConfig};
+pub use workload::{Workload, WorkloadBuilder, WorkloadError, WorkloadLog, WorkloadLogs};

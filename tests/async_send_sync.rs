@@ -3,6 +3,7 @@
 
 use std::future::Future;
 
+use futures::stream::FusedStream;
 use kiln::exec::UnixConnector;
 use kiln::image::ImageConfig;
 use kiln::image::ImageStore;
@@ -21,6 +22,7 @@ use tokio::io::AsyncWrite;
 
 const fn value<T: Send + Sync + Unpin + 'static>() {}
 const fn error<T: std::error::Error + Send + Sync + Unpin + 'static>() {}
+const fn stream<T: FusedStream + Send + Unpin + 'static>() {}
 const fn reader<T: AsyncRead + Send + Unpin + 'static>() {}
 const fn writer<T: AsyncWrite + Send + Unpin + 'static>() {}
 
@@ -51,6 +53,10 @@ const _: () = {
     value::<ExecExit>();
     value::<ExecSocket>();
     value::<GuestFiles>();
+    value::<Workload>();
+    value::<WorkloadBuilder>();
+    value::<WorkloadLog>();
+    stream::<WorkloadLogs>();
     value::<TcpForwarder>();
 
     error::<Error>();
@@ -60,6 +66,7 @@ const _: () = {
     error::<PullError>();
     error::<RootfsError>();
     error::<StartError>();
+    error::<WorkloadError>();
     error::<ShutdownError>();
 
     reader::<ExecStdout>();
@@ -94,6 +101,8 @@ async fn operations_can_be_spawned() {
     spawnable(Vm::start(GuestRoot::erofs("root.erofs"), VmConfig::new()));
     spawnable(ExecBuilder::new("socket").argv(["true"]).spawn());
     spawnable(ExecBuilder::new("socket").argv(["true"]).output());
+    spawnable(WorkloadBuilder::new("socket").argv(["true"]).start());
+    spawnable(WorkloadBuilder::new("socket").attach());
 }
 
 #[test]
@@ -104,6 +113,12 @@ fn operations_that_borrow_can_move_between_threads() {
         sendable(vm.exec(["true"]));
         sendable(vm.shutdown());
         sendable(vm.wait());
+    };
+    let _ = |workload: &Workload| {
+        sendable(workload.wait());
+        sendable(workload.stop(std::time::Duration::ZERO));
+        sendable(workload.signal(1));
+        sendable(workload.kill());
     };
     let _ = |child: &mut ExecChild| sendable(child.wait());
 }

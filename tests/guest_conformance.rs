@@ -28,5 +28,5 @@ async fn every_case_for_agents_holds_in_a_guest() {
             assert_eq!(why, "agent has a machine of its own", "{line}");
         }
     }
-    assert!(report.passed() >= 105, "{report}");
+    assert!(report.passed() >= 121, "{report}");
 }

@@ -21,9 +21,27 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("exec", &["units", "transport"]),
     ("files", &["units", "transport", "exec"]),
     ("tcp", &["units", "transport", "exec"]),
-    ("vm", &["units", "block", "mem", "transport", "hv", "vmm", "image", "rootfs", "snapshot", "exec", "files", "tcp"]),
+    ("workload", &["units", "transport", "exec"]),
+    (
+        "vm",
+        &[
+            "units",
+            "block",
+            "mem",
+            "transport",
+            "hv",
+            "vmm",
+            "image",
+            "rootfs",
+            "snapshot",
+            "exec",
+            "files",
+            "tcp",
+            "workload",
+        ],
+    ),
     // The umbrella over the operations' errors.
-    ("error", &["image", "rootfs", "exec", "files", "vm"]),
+    ("error", &["image", "rootfs", "exec", "files", "workload", "vm"]),
 ];
 
 #[test]

@@ -103,3 +103,10 @@ fn a_feature_that_is_announced_and_not_served_is_noticed() {
     let report = report(Fault::PromisesStreams, &["A102", "A105", "A111"]);
     assert_eq!(report.summary(), "0 passed, 3 failed, 0 skipped", "{report}");
 }
+
+#[test]
+fn a_workload_that_is_announced_and_not_served_is_noticed() {
+    let only: Vec<_> = (117..=132).filter(|number| *number != 118).map(|number| format!("A{number}")).collect();
+    let report = report(Fault::PromisesWorkload, &only.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(report.summary(), "0 passed, 15 failed, 0 skipped", "{report}");
+}

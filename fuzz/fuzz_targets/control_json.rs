@@ -1,4 +1,4 @@
-//! The JSON of CONTROL and its answer, and the payloads of ERROR, EXIT and STARTED: no bytes panic, and what was parsed survives
+//! The JSON of CONTROL and its answer, and the payloads of ERROR, EXIT, LOST and STARTED: no bytes panic, and what was parsed survives
 //! being written and read again.
 #![no_main]
 
@@ -8,6 +8,7 @@ use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
 use kiln_wire::exit::Exit;
 use kiln_wire::failure::Failure;
+use kiln_wire::lost::Lost;
 use kiln_wire::started::Started;
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
@@ -20,6 +21,9 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(Failure::decode(failure.to_string().as_bytes()), failure);
     if let Ok(exit) = Exit::decode(input) {
         assert_eq!(exit.encode(), input);
+    }
+    if let Ok(lost) = Lost::decode(input) {
+        assert_eq!(lost.encode(), input);
     }
     if let Ok(started) = Started::decode(input) {
         assert_eq!(started.encode(), input);

@@ -25,6 +25,7 @@ use rustix::mount::MountFlags;
 
 use crate::files;
 use crate::sys::net;
+use crate::workdir;
 
 /// How long the root device may take to appear.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(2);
@@ -112,9 +113,8 @@ pub(crate) fn settle_in(config: &GuestConfig) -> Vec<BootError> {
         let name = &config.hostname;
         attempt(write_etc("hosts", &format!("127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost\n")));
     }
-    if !Path::new(&config.workdir).is_dir() {
-        attempt(fs::create_dir_all(&config.workdir).step("creating the working directory"));
-    }
+    // Where it cannot be made, commands fail to enter it, and say so; those that name another one run.
+    attempt(workdir::make(Path::new("/"), Path::new(&config.workdir)).step("creating the working directory"));
     complaints
 }
 

@@ -1,4 +1,4 @@
-//! CONTROL actions: one question, one answer, no process. Those that open a stream are [`crate::session`]'s.
+//! CONTROL actions: one question, one answer. Those that open a stream are [`crate::session`]'s.
 
 use std::fs;
 use std::io;
@@ -7,25 +7,30 @@ use kiln_wire::PROTOCOL;
 use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
 use kiln_wire::control::feature;
+use kiln_wire::request::Request;
 use rustix::time::ClockId;
 use rustix::time::Timespec;
 
 use crate::files;
 use crate::refusal::Refusal;
+use crate::server::Shared;
 use crate::uploads::Chunk;
-use crate::uploads::Uploads;
+use crate::workload;
 
 /// Does what `action` asks.
-pub(crate) fn act(action: Control, uploads: &mut Uploads) -> Result<ControlAck, Refusal> {
+pub(crate) fn act(action: Control, shared: &mut Shared) -> Result<ControlAck, Refusal> {
     match action {
         Control::Probe => return Ok(probe()),
-        Control::Signal { .. } => return Err(Refusal::new("no workload is running")),
+        Control::Signal { signum, run } => return shared.workload.signal(signum, run),
+        Control::WorkloadStart { argv, env, cwd, user } => {
+            return workload::start(&Request { argv, env, cwd, user, ..Request::default() }, shared);
+        }
         Control::WriteFile { path, data_b64, mode } => files::write(&path, &data_b64, mode)?,
         Control::ReadFile { path, max_bytes } => {
             return Ok(ControlAck { data_b64: Some(files::read(&path, max_bytes)?), ..ControlAck::done() });
         }
         Control::WriteFileChunk { path, offset, data_b64, last, token, mode } => {
-            uploads.add(Chunk { path, token, offset, data_b64, last, mode })?;
+            shared.uploads.add(Chunk { path, token, offset, data_b64, last, mode })?;
         }
         Control::ReadFileChunk { path, offset, len, max_bytes } => {
             let (data_b64, total_len) = files::read_chunk(&path, offset, len, max_bytes)?;
@@ -46,7 +51,7 @@ pub(crate) fn act(action: Control, uploads: &mut Uploads) -> Result<ControlAck, 
 }
 
 fn probe() -> ControlAck {
-    let features = [feature::STARTED, feature::STREAMS].map(str::to_owned).to_vec();
+    let features = [feature::STARTED, feature::STREAMS, feature::WORKLOAD].map(str::to_owned).to_vec();
     ControlAck { protocol: Some(PROTOCOL), features, ..ControlAck::done() }
 }
 

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use kiln_wire::failure::Failure;
 use kiln_wire::request::Request;
+use rustix::fs::Mode;
 use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 use rustix::pty::OpenptFlags;
@@ -54,7 +55,8 @@ pub(crate) struct Plan {
 /// The agent's ends of a session's pipes or terminal.
 #[derive(Debug)]
 pub(crate) struct AgentEnds {
-    pub(crate) stdin: OwnedFd,
+    /// Absent where the process has none to read.
+    pub(crate) stdin: Option<OwnedFd>,
     pub(crate) stdout: OwnedFd,
     /// Absent with a terminal, which has one output.
     pub(crate) stderr: Option<OwnedFd>,
@@ -189,14 +191,25 @@ pub(crate) fn open_ends(request: &Request) -> io::Result<(AgentEnds, ProcessEnds
 /// Makes three pipes; the agent's ends do not block.
 pub(crate) fn open_pipes() -> io::Result<(AgentEnds, ProcessEnds)> {
     let (stdin_of_process, stdin) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    // Only this end, as below: an unsuspecting program must not find its own standard streams non-blocking.
+    rustix::fs::fcntl_setfl(&stdin, OFlags::NONBLOCK)?;
+    let (agent, process) = open_outputs(stdin_of_process)?;
+    Ok((AgentEnds { stdin: Some(stdin), ..agent }, process))
+}
+
+/// Makes two pipes for the outputs of a process that reads `/dev/null`; the agent's ends do not block.
+pub(crate) fn open_deaf() -> io::Result<(AgentEnds, ProcessEnds)> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    open_outputs(null)
+}
+
+fn open_outputs(stdin_of_process: OwnedFd) -> io::Result<(AgentEnds, ProcessEnds)> {
     let (stdout, stdout_of_process) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, stderr_of_process) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-    // Only these ends: an unsuspecting program must not find its own standard streams non-blocking.
-    rustix::fs::fcntl_setfl(&stdin, OFlags::NONBLOCK)?;
     rustix::fs::fcntl_setfl(&stdout, OFlags::NONBLOCK)?;
     rustix::fs::fcntl_setfl(&stderr, OFlags::NONBLOCK)?;
     Ok((
-        AgentEnds { stdin, stdout, stderr: Some(stderr) },
+        AgentEnds { stdin: None, stdout, stderr: Some(stderr) },
         ProcessEnds { stdin: stdin_of_process, stdout: stdout_of_process, stderr: stderr_of_process },
     ))
 }
@@ -214,7 +227,7 @@ fn open_terminal(request: &Request) -> io::Result<(AgentEnds, ProcessEnds)> {
     let stdin = rustix::io::fcntl_dupfd_cloexec(&stdout, 0)?;
     let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 0);
     let ends = ProcessEnds { stdin: copy(&slave)?, stdout: copy(&slave)?, stderr: slave };
-    Ok((AgentEnds { stdin, stdout, stderr: None }, ends))
+    Ok((AgentEnds { stdin: Some(stdin), stdout, stderr: None }, ends))
 }
 
 /// Tells a terminal its size, in characters.

@@ -15,6 +15,7 @@ mod files;
 mod helper;
 mod kin;
 mod launch;
+mod log;
 mod outbox;
 mod poll;
 mod process;
@@ -26,6 +27,8 @@ mod sys;
 mod tcp;
 mod uploads;
 mod users;
+mod workdir;
+mod workload;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

@@ -8,6 +8,8 @@ use kiln_wire::frame::Kind;
 use kiln_wire::frame::MAX_FRAME;
 use kiln_wire::frame::header;
 
+use crate::process::Sink;
+
 /// Over this many unsent bytes the process's output is not read (128 KiB); the process then blocks on its pipe.
 const HIGH_WATER: usize = 128 << 10;
 
@@ -22,11 +24,6 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// Whether more output may be read.
-    pub(crate) fn has_room(&self) -> bool {
-        self.buffer.len() - self.sent < HIGH_WATER
-    }
-
     pub(crate) fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
@@ -38,25 +35,6 @@ impl Outbox {
             self.buffer.extend_from_slice(&header);
             self.buffer.extend_from_slice(payload);
         }
-    }
-
-    /// Reads once from `fd` into a frame of `kind`; 0 is end-of-file and queues nothing.
-    pub(crate) fn fill(&mut self, kind: Kind, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let at = self.buffer.len();
-        self.buffer.extend_from_slice(&[0; HEADER_LEN]);
-        self.buffer.reserve(CHUNK);
-        let read = match rustix::io::read(fd, rustix::buffer::spare_capacity(&mut self.buffer)) {
-            Ok(read) => read,
-            Err(error) => {
-                self.buffer.truncate(at);
-                return Err(error.into());
-            }
-        };
-        match header(kind, read) {
-            Ok(header) if read > 0 => self.buffer[at..at + HEADER_LEN].copy_from_slice(&header),
-            _ => self.buffer.truncate(at),
-        }
-        Ok(read)
     }
 
     /// Writes as much as `socket` takes.
@@ -82,5 +60,30 @@ impl Outbox {
             self.buffer.drain(..self.sent);
             self.sent = 0;
         }
+    }
+}
+
+impl Sink for Outbox {
+    fn has_room(&self) -> bool {
+        self.buffer.len() - self.sent < HIGH_WATER
+    }
+
+    /// 0 queues nothing.
+    fn fill(&mut self, kind: Kind, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let at = self.buffer.len();
+        self.buffer.extend_from_slice(&[0; HEADER_LEN]);
+        self.buffer.reserve(CHUNK);
+        let read = match rustix::io::read(fd, rustix::buffer::spare_capacity(&mut self.buffer)) {
+            Ok(read) => read,
+            Err(error) => {
+                self.buffer.truncate(at);
+                return Err(error.into());
+            }
+        };
+        match header(kind, read) {
+            Ok(header) if read > 0 => self.buffer[at..at + HEADER_LEN].copy_from_slice(&header),
+            _ => self.buffer.truncate(at),
+        }
+        Ok(read)
     }
 }

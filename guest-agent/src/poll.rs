@@ -11,7 +11,10 @@ use rustix::event::epoll;
 use rustix::event::epoll::EventData;
 use rustix::event::epoll::EventFlags;
 
-/// Which descriptor an event is about: a session's, or one of the server's own (session 0).
+/// In place of a session's number: what the server itself has, which is its listener, its signals and the workload.
+pub(crate) const OWN: u32 = 0;
+
+/// Which descriptor an event is about: a session's, or one of the server's [`OWN`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Token {
     pub(crate) session: u32,

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use bytes::Bytes;
 use kiln_wire::exit::Exit;
@@ -20,7 +22,7 @@ use crate::launch;
 use crate::launch::AgentEnds;
 use crate::launch::Plan;
 use crate::launch::ProcessEnds;
-use crate::outbox::Outbox;
+use crate::poll::OWN;
 use crate::poll::Poll;
 use crate::poll::Role;
 use crate::poll::Token;
@@ -35,6 +37,19 @@ const END_OF_TRANSMISSION: &[u8] = &[4];
 
 /// How much of a helper's complaint is kept, in bytes (4 KiB: a path and some words).
 const MAX_COMPLAINT: usize = 4 << 10;
+
+/// How long after the end of the main process its output is still read while something else (a background child) holds
+/// the pipes open. What was written before the end is read whatever that takes.
+pub(crate) const DRAIN_GRACE: Duration = Duration::from_millis(100);
+
+/// Where the outputs of a process go.
+pub(crate) trait Sink {
+    /// Whether more may be read now.
+    fn has_room(&self) -> bool;
+
+    /// Reads once from `fd`, which is the output that goes into frames of `kind`; 0 is end-of-file.
+    fn fill(&mut self, kind: Kind, fd: BorrowedFd<'_>) -> io::Result<usize>;
+}
 
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -92,6 +107,15 @@ impl Process {
         Ok(process)
     }
 
+    /// Starts the workload that `request` describes: nothing to read, and its outputs belong to the server itself.
+    pub(crate) fn start_workload(request: &Request, shared: &mut Shared) -> Result<Self, Failure> {
+        let plan = Plan::new(request, &shared.defaults)?;
+        let ends = launch::open_deaf().map_err(|error| Refusal::system("cannot open pipes", &error))?;
+        let mut process = Self::begin(plan, &request.argv, ends, OWN, shared)?;
+        process.ends = None;
+        Ok(process)
+    }
+
     /// Starts a helper, once it is clear that `path` is something that it can work on.
     pub(crate) fn run_errand(errand: Errand, path: &str, session: u32, shared: &mut Shared) -> Result<Self, Refusal> {
         let (flag, ready) = match errand {
@@ -129,7 +153,7 @@ impl Process {
             plan,
             pid: Some(pid),
             terminal: false,
-            stdin: Some(watch(agent.stdin, Role::Stdin)),
+            stdin: agent.stdin.map(|fd| watch(fd, Role::Stdin)),
             backlog: Backlog::default(),
             stdin_ended: false,
             outputs: [
@@ -219,13 +243,13 @@ impl Process {
         })
     }
 
-    pub(crate) fn read_outputs(&mut self, outbox: &mut Outbox) {
-        self.read_output(0, outbox);
-        self.read_output(1, outbox);
+    pub(crate) fn read_outputs(&mut self, sink: &mut impl Sink) {
+        self.read_output(0, sink);
+        self.read_output(1, sink);
     }
 
     /// Forwards what one output has, once: other sessions get their turn.
-    pub(crate) fn read_output(&mut self, index: usize, outbox: &mut Outbox) {
+    pub(crate) fn read_output(&mut self, index: usize, sink: &mut impl Sink) {
         let (exited, grace_over) = (self.exit.is_some(), self.grace_over);
         let Some(slot) = self.outputs.get_mut(index) else { return };
         while let Some(output) = slot {
@@ -234,8 +258,8 @@ impl Process {
                 break;
             }
             let read = match (output.kind, &mut self.complaint) {
-                (Some(_), _) if !outbox.has_room() => break,
-                (Some(kind), _) => outbox.fill(kind, output.fd.as_fd()),
+                (Some(_), _) if !sink.has_room() => break,
+                (Some(kind), _) => sink.fill(kind, output.fd.as_fd()),
                 (None, complaint) => collect(complaint.get_or_insert_default(), &output.fd),
             };
             match read {

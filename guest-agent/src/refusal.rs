@@ -4,6 +4,7 @@ use std::io;
 
 use kiln_wire::control::ControlAck;
 use kiln_wire::failure::Failure;
+use rustix::io::Errno;
 
 use crate::launch::reason;
 
@@ -17,6 +18,11 @@ pub(crate) struct Refusal {
 impl Refusal {
     pub(crate) fn new(text: impl Into<String>) -> Self {
         Self { text: text.into(), errno: None }
+    }
+
+    /// For a host that has to tell it from other refusals.
+    pub(crate) fn numbered(text: impl Into<String>, errno: Errno) -> Self {
+        Self { text: text.into(), errno: Some(errno.raw_os_error()) }
     }
 
     /// The system's answer to something done with `what`.

@@ -18,6 +18,7 @@ use crate::files;
 use crate::files::Replacement;
 use crate::outbox::Outbox;
 use crate::poll::Poll;
+use crate::process::Sink;
 use crate::refusal::Refusal;
 use crate::tcp::Tcp;
 

@@ -15,6 +15,7 @@ use rustix::net::SocketFlags;
 
 use crate::kin::Kin;
 use crate::launch::Defaults;
+use crate::poll::OWN;
 use crate::poll::Poll;
 use crate::poll::Ready;
 use crate::poll::Role;
@@ -25,6 +26,8 @@ use crate::session::Session;
 use crate::sys::process;
 use crate::sys::signal;
 use crate::uploads::Uploads;
+use crate::workload;
+use crate::workload::Workload;
 
 /// Sessions open at once; further connections wait in the listener's queue.
 const MAX_SESSIONS: usize = 2048;
@@ -90,6 +93,7 @@ pub(crate) struct Shared {
     pub(crate) children: BTreeMap<i32, u32>,
     pub(crate) timers: Timers,
     pub(crate) uploads: Uploads,
+    pub(crate) workload: Workload,
     pub(crate) scratch: Box<[u8]>,
 }
 
@@ -133,13 +137,14 @@ impl Server {
         let watched: &[i32] = if stoppable { &[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT] } else { &[libc::SIGCHLD] };
         let signals = signal::signal_fd(watched)?;
         let poll = Poll::new()?;
-        let mut listener = Watched::new(listener, Token { session: 0, role: Role::Listener });
-        let mut signals = Watched::new(signals, Token { session: 0, role: Role::Signals });
+        let mut listener = Watched::new(listener, Token { session: OWN, role: Role::Listener });
+        let mut signals = Watched::new(signals, Token { session: OWN, role: Role::Signals });
         listener.want(&poll, Some(EventFlags::IN))?;
         signals.want(&poll, Some(EventFlags::IN))?;
         let scratch = vec![0; SCRATCH].into_boxed_slice();
         let (children, timers, uploads) = (BTreeMap::new(), Timers::default(), Uploads::default());
-        let shared = Shared { poll, defaults, children, timers, uploads, scratch };
+        let workload = Workload::default();
+        let shared = Shared { poll, defaults, children, timers, uploads, workload, scratch };
         Ok(Self { shared, listener, signals, sessions: BTreeMap::new(), next_id: 1, stopping: false })
     }
 
@@ -165,6 +170,11 @@ impl Server {
                 self.on_signals();
                 Ok(())
             }
+            role if token.session == OWN => {
+                workload::on_output(role, &mut self.shared);
+                self.tell_followers();
+                Ok(())
+            }
             role => {
                 let id = token.session;
                 if let Some(session) = self.sessions.get_mut(&id) {
@@ -181,6 +191,17 @@ impl Server {
             && let Some(mut session) = self.sessions.remove(&id)
         {
             session.set_timer(None, &mut self.shared);
+            self.shared.workload.unfollow(id);
+        }
+    }
+
+    /// The workload did something that those who follow it may want to send on.
+    fn tell_followers(&mut self) {
+        for id in self.shared.workload.followers() {
+            if let Some(session) = self.sessions.get_mut(&id) {
+                let fate = session.on_workload(&mut self.shared);
+                self.conclude(id, fate);
+            }
         }
     }
 
@@ -219,6 +240,10 @@ impl Server {
             if session.is_none() {
                 self.shared.timers.spare(reaped.pid, |kin| !kin.exists());
             }
+            if session == Some(OWN) {
+                workload::on_exit(reaped, &mut self.shared);
+                self.tell_followers();
+            }
             if let Some(id) = session
                 && let Some(session) = self.sessions.get_mut(&id)
             {
@@ -234,6 +259,10 @@ impl Server {
             match timer {
                 Timer::Kill(kin) => kin.signal(libc::SIGKILL as u8),
                 Timer::Accept => self.listener.want(&self.shared.poll, Some(EventFlags::IN))?,
+                Timer::Session(OWN) => {
+                    workload::on_timer(&mut self.shared);
+                    self.tell_followers();
+                }
                 Timer::Session(id) => {
                     if let Some(session) = self.sessions.get_mut(&id) {
                         let fate = session.on_timer(&mut self.shared);
@@ -248,6 +277,9 @@ impl Server {
     fn stop(&mut self) {
         for session in self.sessions.values() {
             session.abandon(&mut self.shared);
+        }
+        if let Some(kin) = self.shared.workload.kin() {
+            self.shared.hang_up(kin);
         }
         for (_, timer) in std::mem::take(&mut self.shared.timers.queue) {
             if let Timer::Kill(kin) = timer {

@@ -3,6 +3,7 @@
 //! ```text
 //!   Waiting --REQUEST, pack, unpack--> Running --(exit, outputs drained)--> Closing --(sent, host closed)--> gone
 //!      |  \--open_read, open_write, connect--> Relaying --(its end)-----------^
+//!      |  \--workload_logs, workload_wait--> Following --(the workload's end)-^
 //!      |   \--any other CONTROL, or what fails to open------------------------^
 //!      \------- host disconnects at any point: the process group is killed -----------------------------> gone
 //! ```
@@ -33,8 +34,10 @@ use crate::outbox::Outbox;
 use crate::poll::Role;
 use crate::poll::Token;
 use crate::poll::Watched;
+use crate::process::DRAIN_GRACE;
 use crate::process::Errand;
 use crate::process::Process;
+use crate::process::Sink;
 use crate::refusal::Refusal;
 use crate::relay::Download;
 use crate::relay::Relay;
@@ -43,10 +46,7 @@ use crate::relay::Upload;
 use crate::server::Shared;
 use crate::sys::process::Reaped;
 use crate::tcp::Tcp;
-
-/// How long after the end of the main process its output is still forwarded while something else (a background child) holds
-/// the pipes open. What was written before the end is forwarded whatever that takes.
-const DRAIN_GRACE: Duration = Duration::from_millis(100);
+use crate::workload::Follower;
 
 /// How long a finished session waits for the host to close.
 const LINGER: Duration = Duration::from_secs(2);
@@ -76,6 +76,7 @@ enum State {
     Waiting,
     Running(Box<Process>),
     Relaying(Box<Relay>),
+    Following(Follower),
     /// The last frame is queued; what the host still sends is discarded. True once all is sent and our direction shut.
     Closing(bool),
 }
@@ -142,7 +143,7 @@ impl Session {
     pub(crate) fn on_timer(&mut self, shared: &mut Shared) -> Fate {
         self.timer = None;
         match &mut self.state {
-            State::Waiting | State::Relaying(_) => Fate::Continues,
+            State::Waiting | State::Relaying(_) | State::Following(_) => Fate::Continues,
             State::Closing(_) => Fate::Over,
             State::Running(process) => {
                 process.end_grace();
@@ -171,6 +172,7 @@ impl Session {
                     let step = relay.on_turn(&mut self.outbox);
                     self.follow(step, shared);
                 }
+                State::Following(_) => self.follow_workload(shared),
                 State::Waiting | State::Closing(_) => {}
             }
         }
@@ -194,7 +196,7 @@ impl Session {
         match &self.state {
             State::Running(process) => process.wants_input(),
             State::Relaying(relay) => relay.wants_input(),
-            State::Waiting | State::Closing(_) => true,
+            State::Waiting | State::Following(_) | State::Closing(_) => true,
         }
     }
 
@@ -236,7 +238,7 @@ impl Session {
                 let step = relay.on_frame(kind, payload);
                 self.follow(step, shared);
             }
-            (State::Closing(_), _) => {}
+            (State::Following(_) | State::Closing(_), _) => {}
         }
     }
 
@@ -268,7 +270,12 @@ impl Session {
             }
             // The answer comes when the connection is there, or is not.
             Control::Connect { port } => self.relay(Relay::Tcp(Tcp::dial(self.id, port)?), None),
-            action => self.answer(&control::act(action, &mut shared.uploads)?, shared),
+            Control::WorkloadLogs { run, from } => self.start_following(run, Some(from.unwrap_or(0)), shared)?,
+            Control::WorkloadWait { run } => self.start_following(run, None, shared)?,
+            action => {
+                let ack = control::act(action, shared)?;
+                self.answer(&ack, shared);
+            }
         }
         Ok(())
     }
@@ -278,6 +285,29 @@ impl Session {
         self.acknowledge(&ControlAck::done());
         self.state = State::Running(Box::new(process));
         Ok(())
+    }
+
+    fn start_following(&mut self, run: Option<u64>, from: Option<u64>, shared: &mut Shared) -> Result<(), Refusal> {
+        let (follower, ack) = shared.workload.follow(self.id, run, from)?;
+        self.acknowledge(&ack);
+        self.state = State::Following(follower);
+        self.follow_workload(shared);
+        Ok(())
+    }
+
+    /// The workload did something.
+    pub(crate) fn on_workload(&mut self, shared: &mut Shared) -> Fate {
+        self.follow_workload(shared);
+        self.settle(Ok(()), shared)
+    }
+
+    fn follow_workload(&mut self, shared: &mut Shared) {
+        let State::Following(follower) = &mut self.state else { return };
+        match follower.send(&shared.workload, &mut self.outbox) {
+            None => {}
+            Some(Ok(exit)) => self.finish(Kind::Exit, &exit.encode(), shared),
+            Some(Err(failure)) => self.fail(&failure, shared),
+        }
     }
 
     fn relay(&mut self, relay: Relay, ack: Option<&ControlAck>) {
@@ -363,7 +393,11 @@ impl Session {
     }
 
     fn update_interests(&mut self, shared: &Shared) -> io::Result<()> {
-        let wants_turn = matches!(&self.state, State::Relaying(relay) if relay.wants_turn());
+        let wants_turn = match &self.state {
+            State::Relaying(relay) => relay.wants_turn(),
+            State::Following(follower) => follower.is_behind(&shared.workload),
+            State::Waiting | State::Running(_) | State::Closing(_) => false,
+        };
         let mut socket = EventFlags::RDHUP;
         socket.set(EventFlags::IN, self.wants_input());
         socket.set(EventFlags::OUT, wants_turn || !self.outbox.is_empty());
@@ -372,7 +406,7 @@ impl Session {
         match &mut self.state {
             State::Running(process) => process.watch(&shared.poll, has_room),
             State::Relaying(relay) => relay.watch(&shared.poll, has_room),
-            State::Waiting | State::Closing(_) => Ok(()),
+            State::Waiting | State::Following(_) | State::Closing(_) => Ok(()),
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::poll::Poll;
 use crate::poll::Role;
 use crate::poll::Token;
 use crate::poll::Watched;
+use crate::process::Sink;
 use crate::refusal::Refusal;
 use crate::relay::Step;
 

@@ -66,7 +66,10 @@ async fn probe_tells_the_protocol() {
     let agent = Agent::start().await;
     assert_eq!(probe(&*agent.connector(), PATIENCE).await.expect("answers").protocol, kiln_wire::PROTOCOL);
     let acks = session(&agent, &[Frame::new(Kind::Control, &b"{\"action\":\"probe\"}"[..])]);
-    assert_eq!(acks, [Frame::new(Kind::Control, &br#"{"ok":true,"protocol":5,"features":["started","streams"]}"#[..])]);
+    assert_eq!(
+        acks,
+        [Frame::new(Kind::Control, &br#"{"ok":true,"protocol":5,"features":["started","streams","workload"]}"#[..])]
+    );
 }
 
 #[tokio::test]
@@ -74,8 +77,10 @@ async fn an_unknown_action_is_refused_in_the_agreed_words() {
     let agent = Agent::start().await;
     let acks = session(&agent, &[Frame::new(Kind::Control, &b"{\"action\":\"dance\"}"[..])]);
     assert_eq!(acks, [Frame::new(Kind::Control, &b"{\"ok\":false,\"error\":\"unknown CONTROL action\"}"[..])]);
-    let error = control(&*agent.connector(), &Control::Signal { signum: 15 }, PATIENCE).await.expect_err("no workload");
-    assert!(matches!(error, ExecError::Refused { .. }), "{error:?}");
+    let error = control(&*agent.connector(), &Control::Signal { signum: 15, run: None }, PATIENCE)
+        .await
+        .expect_err("no workload");
+    assert!(matches!(error, ExecError::System { errno: 3, .. }), "{error:?}");
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ use tokio_util::codec::FramedRead;
 use crate::exec::ExecError;
 use crate::exec::session;
 use crate::transport::Connector;
+use crate::transport::GuestStream;
 
 /// How long one probe of a booting guest may take before it is tried again.
 const PROBE_ATTEMPT: Duration = Duration::from_secs(1);
@@ -34,13 +35,15 @@ pub struct AgentInfo {
     pub tells_starts: bool,
     /// Whether it serves streams: files, trees and TCP connections.
     pub serves_streams: bool,
+    /// Whether it owns a workload.
+    pub owns_workload: bool,
 }
 
 impl AgentInfo {
     /// An agent that speaks `protocol` and has nothing beyond it.
     #[must_use]
     pub const fn new(protocol: u32) -> Self {
-        Self { protocol, tells_starts: false, serves_streams: false }
+        Self { protocol, tells_starts: false, serves_streams: false, owns_workload: false }
     }
 }
 
@@ -57,7 +60,12 @@ pub async fn probe(connector: &dyn Connector, deadline: Duration) -> Result<Agen
     let no_version = || ExecError::Protocol { detail: "probe answered without a version".to_owned() };
     let protocol = ack.protocol.ok_or_else(no_version)?;
     let has = |feature| ack.features.iter().any(|found| found == feature);
-    Ok(AgentInfo { protocol, tells_starts: has(feature::STARTED), serves_streams: has(feature::STREAMS) })
+    Ok(AgentInfo {
+        protocol,
+        tells_starts: has(feature::STARTED),
+        serves_streams: has(feature::STREAMS),
+        owns_workload: has(feature::WORKLOAD),
+    })
 }
 
 /// Probes until the agent answers, as it will once the guest has booted.
@@ -109,7 +117,23 @@ pub async fn control(connector: &dyn Connector, action: &Control, deadline: Dura
     if action.opens_stream() {
         return Err(ExecError::BadRequest { detail: "the action opens a stream".to_owned() });
     }
-    accepted(session::within(deadline, exchange(connector, action)).await?)
+    let (ack, _) = ask(connector, action, deadline).await?;
+    accepted(ack)
+}
+
+/// What follows the acknowledgement of an action; long STDOUT and STDERR frames come in pieces.
+pub(crate) type Frames = FramedRead<Box<dyn GuestStream>, FrameCodec>;
+
+/// The agent's answer to `action`, whatever it is, and the frames after it, for which nobody has set a deadline yet.
+///
+/// # Cancel safety
+/// Cancelled, the action was done or not; dropping the frames closes the connection.
+pub(crate) async fn ask(
+    connector: &dyn Connector,
+    action: &Control,
+    deadline: Duration,
+) -> Result<(ControlAck, Frames), ExecError> {
+    session::within(deadline, exchange(connector, action)).await
 }
 
 /// An acknowledgement that is one, or why the action was refused.
@@ -124,15 +148,16 @@ pub(crate) fn accepted(ack: ControlAck) -> Result<ControlAck, ExecError> {
     })
 }
 
-async fn exchange(connector: &dyn Connector, action: &Control) -> Result<ControlAck, ExecError> {
+async fn exchange(connector: &dyn Connector, action: &Control) -> Result<(ControlAck, Frames), ExecError> {
     let opening = session::opening(Kind::Control, action)?;
     let stream = session::connect(connector, &opening).await?;
     let mut frames = FramedRead::new(stream, FrameCodec::streaming());
     let frame = frames.next().await.ok_or_else(ExecError::hung_up)?.map_err(ExecError::gone)?;
     match frame.kind {
-        Kind::Control => {
-            serde_json::from_slice(&frame.payload).map_err(|error| ExecError::Protocol { detail: error.to_string() })
-        }
+        Kind::Control => match serde_json::from_slice(&frame.payload) {
+            Ok(ack) => Ok((ack, frames)),
+            Err(error) => Err(ExecError::Protocol { detail: error.to_string() }),
+        },
         Kind::Error => Err(Failure::decode(&frame.payload).into()),
         other => Err(ExecError::Protocol { detail: format!("unexpected {other:?} frame") }),
     }

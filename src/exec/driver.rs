@@ -210,7 +210,8 @@ impl Reader<'_> {
         let protocol = |detail: String| ExecError::Protocol { detail };
         match kind {
             Kind::Error => return Err(Failure::decode(&payload).into()),
-            Kind::Unknown(_) => return Ok(None),
+            // Only a workload's logs have gaps; elsewhere the frame says nothing.
+            Kind::Unknown(_) | Kind::Lost => return Ok(None),
             Kind::Control if self.mode == Mode::Stream && !self.begun => {
                 self.begin(acknowledged(&payload)?);
                 return Ok(None);

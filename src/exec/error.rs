@@ -86,6 +86,9 @@ pub enum ExecError {
     /// The process has already ended, so it cannot be signalled.
     #[error("process has already ended")]
     Ended,
+    /// Another run of the workload has been started since, and how this one ended is no longer known.
+    #[error("workload was replaced by another run")]
+    Replaced,
     /// The child, or its runtime, was dropped before the process ended.
     #[error("exec session was dropped")]
     Dropped,
@@ -105,6 +108,7 @@ impl ExecError {
             Self::Protocol { .. } => io::ErrorKind::InvalidData,
             Self::Timeout { .. } => io::ErrorKind::TimedOut,
             Self::Dropped => io::ErrorKind::BrokenPipe,
+            Self::Replaced => io::ErrorKind::NotFound,
             Self::Refused { .. } | Self::OutputLost { .. } => io::ErrorKind::Other,
         }
     }

@@ -67,6 +67,10 @@ pub use stdio::ExecStdin;
 pub use stdio::ExecStdout;
 pub use unix::UnixConnector;
 
+pub(crate) use control::Frames;
+pub(crate) use control::accepted;
+pub(crate) use control::ask;
 pub(crate) use link::Link;
+pub(crate) use session::within;
 pub(crate) use stream::StreamEnd;
 pub(crate) use stream::StreamSession;

@@ -4,6 +4,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use kiln_wire::exit::Exit;
+
 use crate::exec::session::Ended;
 
 /// The highest signal number of Linux.
@@ -28,6 +30,13 @@ impl ExecExit {
     #[must_use]
     pub fn success(&self) -> bool {
         self.status.success() && !self.timed_out
+    }
+}
+
+impl ExecExit {
+    /// The end of a process that had no timeout.
+    pub(crate) fn after(exit: Exit, duration: Duration) -> Self {
+        Ended { exit, timed_out: false, duration }.into()
     }
 }
 

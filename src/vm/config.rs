@@ -177,6 +177,10 @@ pub struct GuestRoot {
     pub user: Option<String>,
     /// What the guest is called unless [`VmConfig::hostname`] says otherwise.
     pub hostname: Option<String>,
+    /// ENTRYPOINT and CMD; empty when the image has neither.
+    pub command: Vec<String>,
+    /// The number of STOPSIGNAL; SIGTERM when absent.
+    pub stop_signal: Option<u8>,
 }
 
 impl GuestRoot {
@@ -190,6 +194,8 @@ impl GuestRoot {
             workdir: "/".to_owned(),
             user: None,
             hostname: None,
+            command: Vec::new(),
+            stop_signal: None,
         }
     }
 }

@@ -8,12 +8,13 @@ use super::VmConfig;
 use crate::image::Image;
 use crate::rootfs;
 use crate::rootfs::RootfsCache;
+use crate::workload::signal_number;
 
 impl Image {
     /// Boots this image in a VM of its own and waits until that answers.
     ///
     /// The root filesystem is built from the layers the first time and cached by their digests. The image's ENV,
-    /// WORKDIR and USER hold for every command that is run; its ENTRYPOINT and CMD are not started.
+    /// WORKDIR and USER hold for every command that is run; its ENTRYPOINT and CMD are started by [`Vm::workload`].
     ///
     /// # Errors
     /// [`StartError`]: the root filesystem cannot be built from the layers, the guest kernel or agent is missing, or
@@ -49,6 +50,8 @@ impl Image {
         };
         let mut root = GuestRoot::erofs(built.path);
         root.env = oci.env.iter().filter_map(variable).collect();
+        root.command = oci.command();
+        root.stop_signal = oci.stop_signal.as_deref().and_then(stop_signal);
         root.user = oci.user.clone().filter(|user| !user.is_empty());
         root.hostname = oci.hostname().map(str::to_owned);
         if let Some(folder) = oci.working_dir.clone().filter(|folder| !folder.is_empty()) {
@@ -56,4 +59,13 @@ impl Image {
         }
         Ok(root)
     }
+}
+
+/// The number of a STOPSIGNAL; one that is no signal counts as none, as with Docker.
+fn stop_signal(text: &str) -> Option<u8> {
+    let number = signal_number(text);
+    if number.is_none() {
+        tracing::warn!(stop_signal = text, "the image's stop signal is unknown, SIGTERM takes its place");
+    }
+    number
 }

@@ -16,6 +16,7 @@ mod error;
 mod files;
 mod image_start;
 mod start;
+mod workload;
 
 pub use assets::Assets;
 pub use config::{Agent, GuestRoot, Kernel, VmConfig};
@@ -35,6 +36,7 @@ use crate::transport::Connector;
 use crate::vmm::console::Console;
 use driver::Command;
 use driver::DriverHandle;
+use workload::ImageCommand;
 
 /// Lines of console output that an error carries.
 const CONSOLE_LINES: usize = 30;
@@ -50,6 +52,7 @@ pub struct Vm {
     driver: DriverHandle,
     agent: Link,
     console: Console,
+    command: ImageCommand,
 }
 
 impl Vm {
@@ -62,6 +65,7 @@ impl Vm {
     /// Dropping the future stops what has been started.
     pub async fn start(root: GuestRoot, config: VmConfig) -> Result<Self, StartError> {
         let boot_timeout = config.boot_timeout;
+        let command = ImageCommand { argv: root.command.clone(), stop_signal: root.stop_signal };
         let building = tokio::task::spawn_blocking(move || start::machine(&root, config));
         let machine = match building.await {
             Ok(machine) => machine?,
@@ -73,7 +77,7 @@ impl Vm {
         let info = start::agent_ready(&machine, boot_timeout).await?;
         let console = machine.console().clone();
         let agent = Link::new(Arc::new(machine.connector().clone())).knowing(info);
-        Ok(Self { driver: driver::spawn(machine), agent, console })
+        Ok(Self { driver: driver::spawn(machine), agent, console, command })
     }
 
     /// Runs `argv` in the guest, with its input and outputs to be taken from the child.

@@ -51,7 +51,9 @@ pub fn busybox_layer() -> LayerBlob {
     let program = Entry { name: b"bin/busybox", mode: 0o755, content: &busybox, ..Entry::default() };
     let passwd = "root:x:0:0:root:/root:/bin/sh\nguest:x:1000:1001:guest:/home/guest:/bin/sh\n";
     let mut tar = Tar::new().folder("bin/").entry(&program).folder("etc/").folder("home/").folder("root/");
-    tar = tar.file("etc/passwd", passwd.as_bytes()).file("etc/group", b"root:x:0:\nguest:x:1001:\n");
+    tar = tar
+        .file("etc/passwd", passwd.as_bytes())
+        .file("etc/group", b"root:x:0:\nguest:x:1001:\ncrew:x:2002:root,guest\n");
     for applet in applets().iter().filter(|applet| *applet != "busybox") {
         tar = tar.symlink(&format!("bin/{applet}"), BUSYBOX);
     }

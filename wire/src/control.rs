@@ -1,6 +1,8 @@
 //! The JSON of the CONTROL frame: one action, one acknowledgement.
 //!
-//! The actions for which [`Control::opens_stream`] holds are followed, once acknowledged, by a byte stream in STDIN and STDOUT frames.
+//! The actions for which [`Control::opens_stream`] holds are followed, once acknowledged, by a stream of frames.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,10 +13,42 @@ use serde::{Deserialize, Serialize};
 pub enum Control {
     /// Is the agent there, and which protocol does it speak?
     Probe,
-    /// Sends a signal to the image's main process.
+    /// Sends a signal to the process group of the workload, the image's main process.
     Signal {
         /// The signal's number.
         signum: u8,
+        /// Only if this is the run that it reaches, see [`ControlAck::run`]; any when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        run: Option<u64>,
+    },
+    /// Starts the workload, which the agent owns: it outlives every connection.
+    WorkloadStart {
+        /// The program and its arguments; at least one.
+        argv: Vec<String>,
+        /// Merged over the agent's own environment for the image.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        env: BTreeMap<String, String>,
+        /// The working directory; the image's when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cwd: Option<String>,
+        /// `name`, `uid`, `name:group` or `uid:gid`; the image's user when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        user: Option<String>,
+    },
+    /// Streams what the workload has written and goes on to write, and its end.
+    WorkloadLogs {
+        /// Only of this run; of the last one when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        run: Option<u64>,
+        /// How many bytes of it, of both outputs together and in their order, to leave out; none when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<u64>,
+    },
+    /// Waits for the workload's end.
+    WorkloadWait {
+        /// Only of this run; of the last one when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        run: Option<u64>,
     },
     /// Writes a file atomically.
     WriteFile {
@@ -115,6 +149,8 @@ impl Control {
                 | Self::Connect { .. }
                 | Self::Pack { .. }
                 | Self::Unpack { .. }
+                | Self::WorkloadLogs { .. }
+                | Self::WorkloadWait { .. }
         )
     }
 }
@@ -125,6 +161,8 @@ pub mod feature {
     pub const STARTED: &str = "started";
     /// It serves the actions that open a stream.
     pub const STREAMS: &str = "streams";
+    /// It owns a workload: the actions `workload_start`, `workload_logs` and `workload_wait`, and `signal` reaches it.
+    pub const WORKLOAD: &str = "workload";
 }
 
 /// The answer to a [`Control`].
@@ -144,7 +182,7 @@ pub struct ControlAck {
     /// Of `probe`: what the agent can do beyond it, see [`feature`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<String>,
-    /// Of `signal`: the process that it reached.
+    /// Of `signal` and the actions of the workload: the main process, which leads its group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
     /// Of `read_file` and `read_file_chunk`: the content, in standard base64.
@@ -153,6 +191,12 @@ pub struct ControlAck {
     /// Of `read_file_chunk` and `open_read`: the file's size, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total_len: Option<u64>,
+    /// Of the actions of the workload: tells one run of it from another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<u64>,
+    /// Of `workload_logs` and `workload_wait`: how long the main process has run, or had when it ended, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ran_ms: Option<u64>,
 }
 
 impl ControlAck {

@@ -34,6 +34,8 @@ pub enum Kind {
     Error,
     /// The process runs, see [`crate::started::Started`]; only when REQUEST asked for it. Agent to host.
     Started,
+    /// Output of the workload that is no longer there, see [`crate::lost::Lost`]. Agent to host.
+    Lost,
     /// One JSON action, or its acknowledgement. Both directions.
     Control,
     /// The JSON that starts a process. Host to agent.
@@ -55,6 +57,7 @@ impl Kind {
             Self::Exit => 0x05,
             Self::Error => 0x06,
             Self::Started => 0x07,
+            Self::Lost => 0x08,
             Self::Control => 0xfe,
             Self::Request => 0xff,
             Self::Unknown(byte) => byte,
@@ -73,6 +76,7 @@ impl Kind {
             0x05 => Self::Exit,
             0x06 => Self::Error,
             0x07 => Self::Started,
+            0x08 => Self::Lost,
             0xfe => Self::Control,
             0xff => Self::Request,
             other => Self::Unknown(other),

@@ -1,7 +1,7 @@
 //! The exec wire protocol between kiln and its in-guest agent, without I/O.
 //!
 //! Owns the frame format and its parser ([`frame`]), the JSON of the REQUEST and CONTROL frames ([`request`],
-//! [`control`]), the STARTED and EXIT payloads ([`started`], [`exit`]), the texts of the ERROR frame ([`failure`]), and the
+//! [`control`]), the STARTED, LOST and EXIT payloads ([`started`], [`lost`], [`exit`]), the texts of the ERROR frame ([`failure`]), and the
 //! boot configuration that the host puts into the agent's initramfs ([`boot`]). `docs/exec-protocol.md` is its specification. It opens no socket, reads no
 //! clock and starts no process; both ends use the same code, so that they cannot disagree about a byte.
 #![forbid(unsafe_code)]
@@ -13,6 +13,7 @@ pub mod control;
 pub mod exit;
 pub mod failure;
 pub mod frame;
+pub mod lost;
 pub mod request;
 pub mod started;
 

@@ -1,10 +1,13 @@
 //! REQUEST, CONTROL, ERROR and the boot configuration as other implementations write them.
 
+use std::collections::BTreeMap;
+
 use kiln_wire::boot::GuestConfig;
 use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
 use kiln_wire::failure::Failure;
 use kiln_wire::failure::error_kind;
+use kiln_wire::lost::Lost;
 use kiln_wire::request::Request;
 use kiln_wire::started::Started;
 
@@ -41,11 +44,46 @@ fn actions_that_open_a_stream_are_told_apart() {
         r#"{"action":"connect","port":80}"#,
         r#"{"action":"pack","path":"/a"}"#,
         r#"{"action":"unpack","path":"/a"}"#,
+        r#"{"action":"workload_logs"}"#,
+        r#"{"action":"workload_logs","run":1,"from":18446744073709551615}"#,
+        r#"{"action":"workload_wait"}"#,
     ] {
         assert!(parse(json).opens_stream(), "{json}");
     }
     for json in [r#"{"action":"probe"}"#, r#"{"action":"read_file","path":"/a"}"#, r#"{"action":"from_the_future"}"#] {
         assert!(!parse(json).opens_stream(), "{json}");
+    }
+}
+
+#[test]
+fn the_workloads_actions_need_little_and_refuse_nonsense() {
+    let parse = |json| serde_json::from_str::<Control>(json);
+    let start = parse(r#"{"action":"workload_start","argv":["a"]}"#).expect("valid");
+    let expected =
+        Control::WorkloadStart { argv: vec!["a".to_owned()], env: BTreeMap::default(), cwd: None, user: None };
+    assert_eq!(start, expected);
+    assert_eq!(serde_json::to_string(&start).expect("serialises"), r#"{"action":"workload_start","argv":["a"]}"#);
+    assert_eq!(
+        parse(r#"{"action":"signal","signum":15}"#).expect("valid"),
+        Control::Signal { signum: 15, run: None },
+        "as hosts of the first edition say it"
+    );
+    for json in [
+        r#"{"action":"workload_start"}"#,
+        r#"{"action":"workload_logs","from":-1}"#,
+        r#"{"action":"workload_wait","run":"1"}"#,
+    ] {
+        parse(json).expect_err(json);
+    }
+}
+
+#[test]
+fn lost_is_eight_bytes() {
+    let lost = Lost { bytes: 0x0102_0304_0506_0708 };
+    assert_eq!(&lost.encode()[..], [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(Lost::decode(&lost.encode()), Ok(lost));
+    for len in [0, 7, 9] {
+        assert_eq!(Lost::decode(&vec![0; len]).expect_err("another length").len, len);
     }
 }
 

@@ -58,7 +58,7 @@ fn unknown_fields(agent: &Subject) -> Result<(), Finding> {
 
 fn signal(agent: &Subject) -> Result<(), Finding> {
     // Signal 0 reaches a process without doing anything to it.
-    let ack = agent.control(&Control::Signal { signum: 0 })?;
+    let ack = agent.control(&Control::Signal { signum: 0, run: None })?;
     if ack.ok { ensure(ack.pid.is_some(), || "done, and no pid".to_owned()) } else { refused(&ack, "") }
 }
 

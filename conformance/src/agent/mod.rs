@@ -14,6 +14,7 @@ mod streams;
 mod subject;
 mod tars;
 mod terminal;
+mod workload;
 
 use anyhow::Result;
 
@@ -40,6 +41,7 @@ const GROUPS: &[&[Case<Subject>]] = &[
     started::CASES,
     streams::CASES,
     tars::CASES,
+    workload::CASES,
 ];
 
 /// All cases, in the order of their numbers.

@@ -72,7 +72,7 @@ fn unknown(host: &Subject) -> Result<(), Finding> {
         frame(Kind::Unknown(0x77), &b"of the future"[..]),
         frame(Kind::Stdout, &b"one "[..]),
         frame(Kind::Unknown(0x42), vec![0; MAX_FRAME]),
-        frame(Kind::Unknown(0x08), Bytes::new()),
+        frame(Kind::Unknown(0x7f), Bytes::new()),
         frame(Kind::Stdout, &b"two"[..]),
         exit(0),
     ])?;

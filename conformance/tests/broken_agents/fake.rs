@@ -47,6 +47,7 @@ pub(crate) enum Fault {
     NeverCloses,
     OtherProtocol,
     PromisesStreams,
+    PromisesWorkload,
 }
 
 /// A listening fake. Its thread ends with the test program, which the suite never outlives.
@@ -111,7 +112,11 @@ impl Connection {
     }
 
     fn control(&self, payload: &[u8]) -> ControlAck {
-        let promised = if self.fault == Fault::PromisesStreams { vec!["streams".to_owned()] } else { Vec::new() };
+        let promised = match self.fault {
+            Fault::PromisesStreams => vec!["streams".to_owned()],
+            Fault::PromisesWorkload => vec!["workload".to_owned()],
+            _ => Vec::new(),
+        };
         let protocol = if self.fault == Fault::OtherProtocol { 4 } else { 5 };
         match serde_json::from_slice(payload) {
             Ok(Control::Probe) => ControlAck { protocol: Some(protocol), features: promised, ..ControlAck::done() },

@@ -74,10 +74,16 @@ pub(crate) fn ignore_sigpipe() {
 
 /// Sends `signal` to every process of group `pgid`; a group that is gone is no error to the agent.
 pub(crate) fn kill_group(pgid: i32, signal: u8) {
-    if pgid > 1 {
-        // SAFETY: kill takes numbers only; group 0 (our own) and -1 (everyone) are excluded above.
-        unsafe { libc::kill(-pgid, i32::from(signal)) };
+    let _ = signal_group(pgid, signal);
+}
+
+/// The same, for whoever has to know whether it was sent.
+pub(crate) fn signal_group(pgid: i32, signal: u8) -> io::Result<()> {
+    // SAFETY: kill takes numbers only; group 0 (our own) and -1 (everyone) are excluded.
+    if pgid > 1 && unsafe { libc::kill(-pgid, i32::from(signal)) } == 0 {
+        return Ok(());
     }
+    Err(if pgid > 1 { io::Error::last_os_error() } else { io::ErrorKind::InvalidInput.into() })
 }
 
 /// Whether group `pgid` has a process, a zombie included.

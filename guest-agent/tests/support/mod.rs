@@ -1,6 +1,7 @@
 //! An agent as an ordinary process on a Unix socket of its own.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
@@ -114,6 +115,23 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+}
+
+/// A pipe with a name, at which a script waits with `read x < NAME` until it is let through.
+pub(crate) struct Gate(std::fs::File);
+
+impl Gate {
+    pub(crate) fn new(path: &Path) -> Self {
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("made");
+        // Both ends are open for as long as the gate is there: nobody waits for the other, and no script meets an end-of-file.
+        Self(std::fs::OpenOptions::new().read(true).write(true).open(path).expect("opens"))
+    }
+
+    /// Lets one through, also one that comes later.
+    pub(crate) fn open(&mut self) {
+        self.0.write_all(b"go\n").expect("a pipe has room");
     }
 }
 

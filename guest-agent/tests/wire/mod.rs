@@ -23,11 +23,11 @@ use kiln_wire::frame::header;
 use rustix::process::Signal;
 
 #[path = "../support/mod.rs"]
-mod support;
+pub(crate) mod support;
 
 pub(crate) use support::PATIENCE;
 
-pub(crate) struct Agent(support::Agent);
+pub(crate) struct Agent(pub(crate) support::Agent);
 
 impl Agent {
     pub(crate) fn start() -> Self {
@@ -90,6 +90,12 @@ impl Agent {
         assert!(!ack.ok, "{ack:?}");
         assert_eq!(ack.errno, errno, "{ack:?}");
         ack.error.expect("a text")
+    }
+
+    /// For what the tests share that is async.
+    pub(crate) fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(work)
     }
 
     pub(crate) fn request(&self, json: &str) -> Connection {
