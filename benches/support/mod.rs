@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
 
 pub(crate) mod agent;
+pub(crate) mod image;
 pub(crate) mod qemu;
 
 use std::path::PathBuf;
