@@ -42,7 +42,9 @@ fn main() {
     support::report("rootfs, nothing converted", &cold, &[both]);
     support::report("rootfs, layers converted", &join, &[mkfs]);
     let [whole, joined, theirs] = peaks.map(|peak| peak >> 10);
-    println!("peak memory: kiln {whole} MiB, joining alone {joined} MiB, umoci or mkfs.erofs {theirs} MiB");
+    support::note(&format!(
+        "peak memory: kiln {whole} MiB, joining alone {joined} MiB, umoci or mkfs.erofs {theirs} MiB"
+    ));
     let _ = fs::remove_dir_all(&bundle);
     let _ = fs::remove_dir_all(&store);
 }

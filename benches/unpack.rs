@@ -31,7 +31,8 @@ fn main() {
         peaks = [peaks[0].max(converted.peak), peaks[1].max(unpacked.peak)];
     }
     support::report("unpack", &subject, &[yardstick]);
-    println!("peak memory: kiln {} MiB (joining included), umoci {} MiB", peaks[0] >> 10, peaks[1] >> 10);
+    let [ours, theirs] = peaks.map(|peak| peak >> 10);
+    support::note(&format!("peak memory: kiln {ours} MiB (joining included), umoci {theirs} MiB"));
     let _ = fs::remove_dir_all(&bundle);
     let _ = fs::remove_dir_all(&store);
 }

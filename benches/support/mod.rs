@@ -84,6 +84,11 @@ pub(crate) fn report_rates(title: &str, amount: f64, unit: &str, subject: &Sampl
     }
 }
 
+/// Prints what fits no table.
+pub(crate) fn note(text: &str) {
+    println!("{text}");
+}
+
 fn milliseconds(time: Duration) -> String {
     format!("{:.2} ms", time.as_secs_f64() * 1e3)
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 
 use tokio_util::sync::CancellationToken;
 
@@ -168,7 +168,7 @@ fn write(image: &Image, applier: &Applier, content: impl Fn(u32) -> Content) -> 
     Ok(root)
 }
 
-fn failed(path: &PathBuf) -> impl FnOnce(WriteError) -> RootfsError + '_ {
+fn failed(path: &Path) -> impl FnOnce(WriteError) -> RootfsError + '_ {
     move |error| match error {
         WriteError::Io(source) => RootfsError::io(path)(source),
         WriteError::FormatLimit => RootfsError::FormatLimit,
