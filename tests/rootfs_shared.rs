@@ -26,7 +26,10 @@ use kiln::image::ProgressEvent;
 use kiln::rootfs;
 use kiln::rootfs::Builder;
 use kiln::rootfs::LayerErrorKind;
+use kiln::rootfs::Limits;
 use kiln::rootfs::RootfsError;
+use kiln::vm::StartError;
+use kiln::vm::VmConfig;
 
 fn lower() -> Vec<u8> {
     Tar::new().file("big", &[1; 300_000]).file("small", b"2").folder("d/").file("d/long", &[6; 5000]).finish()
@@ -282,6 +285,42 @@ async fn of_several_bad_layers_one_is_named_and_the_good_ones_stay() {
     let Err(RootfsError::Layer(error)) = rootfs::build(&image).await else { panic!("two of the layers lie") };
     assert!(matches!(error.kind, LayerErrorKind::DiffIdMismatch { .. }), "{:?}", error.kind);
     assert!(place.debris().is_empty());
+}
+
+#[tokio::test]
+async fn starting_a_guest_reports_and_limits_what_its_image_takes() {
+    let place = Place::new().await;
+    let image = place.import(&[LayerBlob::gzip(&lower())]).await;
+    let (progress, events) = Progress::channel();
+    let mut limits = Limits::default();
+    limits.entries = 2;
+    let error = image.start(VmConfig::new().root_limits(limits).progress(progress)).await.unwrap_err();
+    let StartError::Rootfs(RootfsError::Layer(error)) = error else { panic!("{error:?}") };
+    assert!(matches!(error.kind, LayerErrorKind::Limit { what: "entries", limit: 2 }), "{:?}", error.kind);
+    let events: Vec<_> = events.collect().await;
+    assert!(matches!(events[..], [ProgressEvent::Unpacking { .. }]), "{events:?}");
+}
+
+/// Limits hold for layers that were converted under others.
+#[tokio::test]
+async fn limits_count_layers_that_are_converted_already() {
+    let place = Place::new().await;
+    place.build(&[LayerBlob::gzip(&lower())]).await.unwrap();
+    let image = place.import(&[LayerBlob::gzip(&lower()), LayerBlob::gzip(&upper())]).await;
+    let archives = (lower().len() + upper().len()) as u64;
+    for (entries, archive_bytes, what) in
+        [(5, u64::MAX, Some("entries")), (6, archives - 1, Some("bytes in the layers' archives")), (6, archives, None)]
+    {
+        let mut limits = Limits::default();
+        (limits.entries, limits.archive_bytes) = (entries, archive_bytes);
+        match (Builder::new(&image).limits(limits).build().await, what) {
+            (Err(RootfsError::Layer(error)), Some(expected)) => {
+                assert!(matches!(error.kind, LayerErrorKind::Limit { what, .. } if what == expected), "{error:?}");
+            }
+            (built, None) => drop(built.unwrap()),
+            (built, _) => panic!("{built:?}"),
+        }
+    }
 }
 
 /// A small file system of its own, where this machine lets us mount one.

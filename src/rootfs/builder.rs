@@ -54,7 +54,6 @@ pub struct Builder {
 struct Build {
     image: Image,
     limits: Limits,
-    budget: Budget,
     progress: Progress,
     distinct: Distinct,
     abandoned: CancellationToken,
@@ -104,8 +103,8 @@ impl Builder {
         let abandoned = CancellationToken::new();
         let _abandon_on_drop = abandoned.clone().drop_guard();
         let Self { image, limits, progress, parallel } = self;
-        let (distinct, budget) = (Distinct::of(&image), Budget::new(limits));
-        let build = Arc::new(Build { image, limits, budget, progress, distinct, abandoned });
+        let distinct = Distinct::of(&image);
+        let build = Arc::new(Build { image, limits, progress, distinct, abandoned });
         for _ in 0..ATTEMPTS {
             if let Some(root) = build.find().await? {
                 return Ok(root);
@@ -143,9 +142,10 @@ impl Build {
     /// is left.
     async fn convert(self: &Arc<Self>, parallel: Option<NonZeroUsize>) -> Result<Vec<Index>, RootfsError> {
         let parallel = parallel.map_or_else(default_parallel, NonZeroUsize::get);
+        let budget = Arc::new(Budget::new(self.limits));
         let conversions = (0..self.distinct.layers.len()).map(|number| {
-            let build = Arc::clone(self);
-            run_blocking(move || build.convert_one(number).inspect_err(|_| build.abandoned.cancel()))
+            let (build, budget) = (Arc::clone(self), Arc::clone(&budget));
+            run_blocking(move || build.convert_one(number, &budget).inspect_err(|_| build.abandoned.cancel()))
         });
         let results: Vec<_> = futures::stream::iter(conversions).buffered(parallel).collect().await;
         let mut indexes = Vec::with_capacity(results.len());
@@ -161,12 +161,12 @@ impl Build {
         failed.map_or(Ok(indexes), Err)
     }
 
-    fn convert_one(&self, number: usize) -> Result<Index, RootfsError> {
+    fn convert_one(&self, number: usize, budget: &Budget) -> Result<Index, RootfsError> {
         let layer = &self.distinct.layers[number];
         if self.abandoned.is_cancelled() {
             return Err(LayerError { layer: *layer.digest(), entry: None, kind: LayerErrorKind::Abandoned }.into());
         }
-        let Self { image, budget, progress, abandoned, .. } = self;
+        let Self { image, progress, abandoned, .. } = self;
         Converter { image, budget, progress, abandoned }.index(layer)
     }
 

@@ -107,7 +107,7 @@ impl Converter<'_> {
     /// The error for an archive that is not acceptable. If the blob is not the one that was fetched any more, it goes, so
     /// that the next pull fetches it again.
     fn refuse(&self, layer: &Layer, entry: Option<String>, kind: LayerErrorKind) -> RootfsError {
-        if !matches!(kind, LayerErrorKind::Abandoned | LayerErrorKind::Limit { .. }) {
+        if !matches!(kind, LayerErrorKind::Abandoned) {
             match self.image.discard_damaged_layer(layer) {
                 Ok(true) => tracing::warn!(layer = %layer.digest(), "damaged blob removed from the store"),
                 Ok(false) => {}
