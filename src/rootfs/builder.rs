@@ -79,7 +79,7 @@ impl Builder {
     }
 
     /// How many layers are converted at the same time; else as many as there are processors, and at most four. Each takes
-    /// a thread and some two megabytes of memory, for a layer in zstd what its window takes besides, up to 128 MiB.
+    /// two threads and some three megabytes of memory, for a layer in zstd what its window takes besides, up to 128 MiB.
     pub const fn parallel(mut self, layers: NonZeroUsize) -> Self {
         self.parallel = Some(layers);
         self

@@ -7,9 +7,9 @@
 use std::fs;
 use std::fs::File;
 use std::io;
-use std::io::BufReader;
 use std::io::Read;
 use std::path::Path;
+use std::thread;
 
 use tokio_util::sync::CancellationToken;
 
@@ -37,9 +37,6 @@ use crate::rootfs::index::Stored;
 use crate::rootfs::tar_reader;
 use crate::rootfs::tar_reader::TarReader;
 use crate::rootfs::tar_reader::read_error;
-
-/// What the decompressed archive passes through in pieces, in bytes.
-const ARCHIVE_BUFFER: usize = 128 << 10;
 
 /// What converting a layer takes.
 #[derive(Debug)]
@@ -118,11 +115,18 @@ impl Converter<'_> {
     }
 
     fn stream(&self, layer: &Layer, content: &File, index: &File) -> Result<(), Stop> {
-        let blob = self.image.open_layer(layer);
-        let watch = |done| self.report(layer, done);
-        let archive = blob.and_then(|blob| Archive::open(blob, self.budget, self.abandoned, watch));
-        let archive = archive.map_err(|error| Stop::layer(read_error(error)))?;
-        let mut reader = TarReader::new(BufReader::with_capacity(ARCHIVE_BUFFER, archive));
+        thread::scope(|scope| {
+            let blob = self.image.open_layer(layer);
+            let watch = |done| self.report(layer, done);
+            let archive = blob.and_then(|blob| Archive::open(scope, blob, self.budget, self.abandoned, watch));
+            let archive = archive.map_err(|error| Stop::layer(read_error(error)))?;
+            self.split(layer, archive, content, index)
+        })
+    }
+
+    /// Takes the archive apart. The archive goes with this, whatever comes of it, and its thread after that.
+    fn split(&self, layer: &Layer, archive: Archive<'_>, content: &File, index: &File) -> Result<(), Stop> {
+        let mut reader = TarReader::new(archive);
         let mut content = ContentWriter::new(content);
         let mut index = IndexWriter::new(index, layer.diff_id()).map_err(Stop::Index)?;
         while let Some(entry) = reader.next_entry().map_err(Stop::layer)? {
@@ -134,7 +138,7 @@ impl Converter<'_> {
             })?;
             index.push(&Entry { path: entry.path, kind, meta: entry.meta }).map_err(Stop::Index)?;
         }
-        let (found, length) = reader.drain().map_err(Stop::layer)?.into_inner().finish();
+        let (found, length) = reader.drain().map_err(Stop::layer)?.finish();
         if found != *layer.diff_id() {
             return Err(Stop::layer(LayerErrorKind::DiffIdMismatch { found }));
         }

@@ -18,7 +18,7 @@
 //! root is needed to keep owners and devices, and it makes no difference what the host's file
 //! system can represent. How names are walked, and what is refused, is in `resolve`.
 //!
-//! Memory is bounded: a conversion holds two megabytes of buffers, and what a decompressor needs (zstd at most 128 MiB for
+//! Memory is bounded: a conversion holds three megabytes of buffers, and what a decompressor needs (zstd at most 128 MiB for
 //! its window), for each of at most four layers at a time; a join holds the tree, which
 //! [`Limits::metadata_bytes`] bounds, and the places of its inodes.
 
