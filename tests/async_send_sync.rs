@@ -8,7 +8,8 @@ use kiln::exec::UnixConnector;
 use kiln::image::ImageConfig;
 use kiln::image::ImageStore;
 use kiln::mem::GuestRam;
-use kiln::rootfs::RootfsCache;
+use kiln::rootfs;
+use kiln::rootfs::RootImage;
 use kiln::transport::GuestStream;
 use kiln::vm::Assets;
 use kiln::vm::GuestRoot;
@@ -32,7 +33,8 @@ const _: () = {
     value::<ImageStore>();
     value::<OciImageBuilder>();
     value::<PullPolicy>();
-    value::<RootfsCache>();
+    value::<rootfs::Builder>();
+    value::<RootImage>();
     value::<Vm>();
     value::<VmConfig>();
     value::<VmEnd>();
@@ -97,7 +99,6 @@ async fn operations_can_be_spawned() {
     spawnable(Image::builder("example").pull());
     spawnable(Image::from_oci_layout("layout"));
     spawnable(ImageStore::open("store"));
-    spawnable(RootfsCache::open("cache"));
     spawnable(Vm::start(GuestRoot::erofs("root.erofs"), VmConfig::new()));
     spawnable(ExecBuilder::new("socket").argv(["true"]).spawn());
     spawnable(ExecBuilder::new("socket").argv(["true"]).output());
@@ -110,6 +111,8 @@ fn operations_that_borrow_can_move_between_threads() {
     // Only compiled: what these need exists in a running guest.
     let _ = |image: &Image, vm: &Vm| {
         sendable(image.start(VmConfig::new()));
+        sendable(rootfs::build(image));
+        spawnable(rootfs::Builder::new(image).build());
         sendable(vm.exec(["true"]));
         sendable(vm.shutdown());
         sendable(vm.wait());
@@ -120,5 +123,6 @@ fn operations_that_borrow_can_move_between_threads() {
         sendable(workload.signal(1));
         sendable(workload.kill());
     };
+    let _ = |root: &RootImage| sendable(root.write_to("root.erofs"));
     let _ = |child: &mut ExecChild| sendable(child.wait());
 }

@@ -100,7 +100,8 @@ async fn files_lie_over_the_layers() {
         .file(ImageFile::from_host("/from/host", &host));
     let changed = image.changed(changes).await.unwrap();
     assert_eq!(changed.layers().len(), 2);
-    let (_folder, listing) = extract(&place.flat(&changed).await);
+    let flat = image_support::flat(&changed).await.unwrap();
+    let (_folder, listing) = extract(&flat.path);
     let seen = |path: &str| &listing[std::ffi::OsStr::new(path.trim_start_matches('/'))];
     assert_eq!(seen("kept").bytes, b"kept");
     let old = seen("etc/old");

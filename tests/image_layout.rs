@@ -83,7 +83,7 @@ async fn an_image_of_several_layers_made_by_umoci_unpacks_as_umoci_unpacks_it() 
     assert_eq!((config.working_dir.as_deref(), config.user.as_deref()), (Some("/a"), Some("12:34")));
     assert_eq!(image.layers().len(), 2);
 
-    let root = kiln::rootfs::build(&image, &place.cache).await.unwrap();
+    let root = image_support::flat(&image).await.unwrap();
     run("umoci", &["unpack", "--image", &tagged, &path("reference")]);
     let reference = image_support::list(&folder.path().join("reference/rootfs"));
     run("fsck.erofs", &[root.path.to_str().unwrap()]);
@@ -98,7 +98,7 @@ async fn an_image_of_several_layers_made_by_umoci_unpacks_as_umoci_unpacks_it() 
         }
     }
     assert!(reference.contains_key(OsStr::new("swap/in")), "the reference itself has been through both layers");
-    assert_eq!(root, kiln::rootfs::build(&image, &place.cache).await.unwrap());
+    assert_eq!(root.root, kiln::rootfs::build(&image).await.unwrap());
 }
 
 #[tokio::test]

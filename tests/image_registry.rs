@@ -45,7 +45,7 @@ async fn anonymous_pull_by_tag_and_by_digest() {
     let place = Place::new().await;
     let image = pull(&place, &format!("{}/team/app:1.0", registry.address)).await.unwrap();
     assert_eq!(image.layers().len(), 2);
-    let root = kiln::rootfs::build(&image, &place.cache).await.unwrap();
+    let root = image_support::flat(&image).await.unwrap();
     let (_folder, tree) = image_support::extract(&root.path);
     assert_eq!(tree[OsStr::new("etc/a")].bytes, b"upper");
     assert_eq!(tree[OsStr::new("big")].bytes, vec![7; 3_000_000]);

@@ -12,15 +12,15 @@ use kiln::image::Digest;
 use kiln::rootfs;
 use kiln::rootfs::LayerErrorKind as Kind;
 use kiln::rootfs::Limits;
-use kiln::rootfs::RootfsCache;
 use kiln::rootfs::RootfsError;
 
 async fn refused_blob(blob: LayerBlob) -> (Kind, Option<String>) {
     let place = Place::new().await;
     let digest = Digest::of(&blob.blob);
-    let error = place.build(&[blob]).await.expect_err("the layer must be refused");
+    let error = place.build(&[blob]).await.err().expect("the layer must be refused");
     assert_eq!(place.debris(), [""; 0]);
-    assert!(std::fs::read_dir(place.cache.folder()).unwrap().next().is_none(), "nothing is left in the cache");
+    let left = std::fs::read_dir(place.derived()).unwrap().map(|entry| entry.unwrap().path());
+    assert_eq!(left.filter(|path| path.extension().is_some_and(|is| is == "erofs")).count(), 0, "no filesystem");
     match error {
         RootfsError::Layer(error) => {
             assert_eq!(error.layer, digest);
@@ -211,9 +211,8 @@ async fn a_size_that_overflows() {
 
 async fn refused_by(limits: Limits, tar: Vec<u8>) -> Kind {
     let place = Place::new().await;
-    let cache = RootfsCache::open(place.folder.path().join("rootfs")).await.unwrap().limits(limits);
     let image = place.import(&[LayerBlob::gzip(&tar)]).await;
-    match rootfs::build(&image, &cache).await {
+    match rootfs::Builder::new(&image).limits(limits).build().await {
         Err(RootfsError::Layer(error)) => {
             assert_eq!(place.debris(), [""; 0]);
             error.kind
@@ -272,10 +271,7 @@ async fn a_dropped_build_ends_inside_a_bomb() {
     let layer = LayerBlob { blob, ..LayerBlob::gzip(b"") };
     let place = Place::new().await;
     let image = place.import(&[layer]).await;
-    let build = tokio::spawn({
-        let cache = place.cache.clone();
-        async move { rootfs::build(&image, &cache).await }
-    });
+    let build = tokio::spawn(async move { rootfs::build(&image).await });
     eventually(|| !place.debris().is_empty()).await;
     build.abort();
     eventually(|| place.debris().is_empty()).await;

@@ -6,15 +6,15 @@ use std::ffi::OsStr;
 use std::fs;
 
 use image_support::Entry;
+use image_support::Flat;
 use image_support::LayerBlob;
 use image_support::Listing;
 use image_support::Mounted;
 use image_support::Place;
 use image_support::Tar;
 use image_support::extract;
-use kiln::rootfs::RootImage;
 
-async fn build(layers: &[LayerBlob]) -> (Place, RootImage) {
+async fn build(layers: &[LayerBlob]) -> (Place, Flat) {
     let place = Place::new().await;
     let root = place.build(layers).await.unwrap();
     (place, root)
@@ -248,65 +248,6 @@ async fn a_large_folder_is_found_by_every_name() {
         assert_eq!(fs::read(mounted.path().join(name)).unwrap(), name.as_bytes());
     }
     assert!(!mounted.path().join("many/file-").exists());
-}
-
-#[tokio::test]
-async fn same_layers_same_bytes_and_one_file() {
-    let layers = || {
-        let lower = Tar::new().file("big", &[1; 300_000]).file("small", b"2").folder("d/").finish();
-        let upper = Tar::new().file("big", &[3; 100_000]).file(".wh.small", b"").finish();
-        [LayerBlob::gzip(&lower), LayerBlob::zstd(&upper)]
-    };
-    let (first_place, first) = build(&layers()).await;
-    let (_second_place, second) = build(&layers()).await;
-    assert_eq!(first.digest, second.digest);
-    assert_eq!(fs::read(&first.path).unwrap(), fs::read(&second.path).unwrap());
-    let inode = |root: &RootImage| std::os::unix::fs::MetadataExt::ino(&fs::metadata(&root.path).unwrap());
-    let before = inode(&first);
-    let again = first_place.build(&layers()).await.unwrap();
-    assert_eq!((again.digest, inode(&again)), (first.digest, before), "the second build is a lookup");
-}
-
-#[tokio::test]
-async fn what_a_later_layer_hides_is_not_in_the_image() {
-    let secret = b"the secret that was removed ".repeat(400);
-    let lower = Tar::new().file("secret", &secret).file("kept", &[5; 9000]).finish();
-    let upper = Tar::new().file(".wh.secret", b"").finish();
-    let (_place, root) = build(&[LayerBlob::plain(lower), LayerBlob::plain(upper)]).await;
-    let image = fs::read(&root.path).unwrap();
-    assert!(!image.windows(28).any(|window| window == &secret[..28]));
-    assert_eq!(bytes(&extract(&root.path).1, "kept"), [5; 9000]);
-}
-
-#[tokio::test]
-async fn concurrent_builds_of_one_image_agree() {
-    let place = Place::new().await;
-    let tar = Tar::new().file("f", &[9; 2_000_000]).finish();
-    let image = place.import(&[LayerBlob::gzip(&tar)]).await;
-    let builds: Vec<_> = (0..4)
-        .map(|_| {
-            let (image, cache) = (image.clone(), place.cache.clone());
-            tokio::spawn(async move { kiln::rootfs::build(&image, &cache).await.unwrap() })
-        })
-        .collect();
-    let mut roots = Vec::new();
-    for build in builds {
-        roots.push(build.await.unwrap());
-    }
-    assert!(roots.iter().all(|root| *root == roots[0]));
-    assert_eq!(bytes(&extract(&roots[0].path).1, "f"), vec![9; 2_000_000]);
-    assert!(place.debris().is_empty());
-}
-
-#[tokio::test]
-async fn a_damaged_cached_image_is_built_again() {
-    let place = Place::new().await;
-    let layers = || [LayerBlob::plain(Tar::new().file("f", b"1").finish())];
-    let root = place.build(&layers()).await.unwrap();
-    let good = fs::read(&root.path).unwrap();
-    fs::write(&root.path, &good[..good.len() - 4096]).unwrap();
-    place.build(&layers()).await.unwrap();
-    assert_eq!(fs::read(&root.path).unwrap(), good);
 }
 
 #[tokio::test]

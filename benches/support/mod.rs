@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
 
 pub(crate) mod agent;
+pub(crate) mod image;
 pub(crate) mod qemu;
 
 use std::path::PathBuf;
@@ -81,6 +82,11 @@ pub(crate) fn report_rates(title: &str, amount: f64, unit: &str, subject: &Sampl
             .map(|time| format!("{:.0} {unit}/s", amount / time.as_secs_f64()));
         println!("{:<24}{median:>18}{fastest:>18}{slowest:>18}{ratio:>8.2}", sample.name);
     }
+}
+
+/// Prints what fits no table.
+pub(crate) fn note(text: &str) {
+    println!("{text}");
 }
 
 fn milliseconds(time: Duration) -> String {

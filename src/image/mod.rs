@@ -209,6 +209,11 @@ impl Image {
     pub(crate) fn open_layer(&self, layer: &Layer) -> io::Result<File> {
         File::open(self.inner.store.blob_path(layer.digest()))
     }
+
+    /// Removes a layer's blob if its content is not what its name says, and tells whether it did. Blocking.
+    pub(crate) fn discard_damaged_layer(&self, layer: &Layer) -> io::Result<bool> {
+        self.inner.store.discard_damaged(layer.digest())
+    }
 }
 
 impl fmt::Debug for Image {

@@ -222,6 +222,27 @@ impl ImageStore {
         Ok((Digest::of(&bytes) == *digest).then_some(bytes))
     }
 
+    /// Removes a blob whose content has another digest than its name by now, so that the next pull fetches it again; an
+    /// intact one stays, whatever else is wrong with it. Tells whether it removed one. Blocking.
+    pub(super) fn discard_damaged(&self, digest: &Digest) -> io::Result<bool> {
+        let path = self.blob_path(digest);
+        let mut file = File::open(&path)?;
+        let mut hasher = Sha256::new();
+        let mut chunk = vec![0; COPY_CHUNK];
+        loop {
+            match file.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(count) => hasher.update(&chunk[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if Digest::from_hasher(hasher) == *digest {
+            return Ok(false);
+        }
+        fs::remove_file(&path).map(|()| true)
+    }
+
     /// Stores a small blob whose digest is already known to be right. Blocking.
     pub(super) fn put_small(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
         debug_assert_eq!(Digest::of(bytes), *digest, "put_small takes verified bytes");

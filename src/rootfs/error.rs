@@ -1,6 +1,7 @@
 //! What can go wrong between an image's layers and its filesystem.
 
 use std::io;
+use std::path::Path;
 use std::path::PathBuf;
 
 use crate::image::Digest;
@@ -82,23 +83,26 @@ pub enum LayerErrorKind {
         /// The limit.
         limit: u64,
     },
-    /// The filesystem image being built cannot be written.
-    #[error("the filesystem image cannot be written")]
-    Write(#[source] io::Error),
     /// The build was abandoned: its future was dropped. Never returned to a caller.
     #[error("abandoned")]
     Abandoned,
 }
 
-/// Why no root filesystem image could be built. Nothing half-written is left in the cache.
+/// Why there is no root filesystem. Nothing half-written is left in the store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RootfsError {
     /// A layer was refused.
     #[error("a layer of the image cannot be applied")]
     Layer(#[from] LayerError),
-    /// The cache or the image under construction failed.
-    #[error("root filesystem cache i/o at {path}")]
+    /// There is no room, or the quota is used up, where `path` was to be written.
+    #[error("no space left for {path}")]
+    DiskFull {
+        /// What was to be written.
+        path: PathBuf,
+    },
+    /// What is made from layers cannot be read or written.
+    #[error("root filesystem i/o at {path}")]
     Io {
         /// Where.
         path: PathBuf,
@@ -109,7 +113,16 @@ pub enum RootfsError {
     /// The tree does not fit the filesystem's 32-bit block numbers.
     #[error("the image is larger than the filesystem format can hold")]
     FormatLimit,
-    /// The default cache has no home, or the runtime is shutting down.
-    #[error("the cache cannot be used")]
+    /// The runtime is shutting down.
+    #[error("the store cannot be used")]
     Store(#[from] StoreError),
+}
+
+impl RootfsError {
+    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path: path.to_owned() },
+            _ => Self::Io { path: path.to_owned(), source },
+        }
+    }
 }

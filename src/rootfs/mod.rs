@@ -1,118 +1,77 @@
-//! From an image's layers to one read-only filesystem image that a guest can mount.
+//! From an image's layers to one read-only filesystem that a guest can mount.
 //!
 //! ```text
-//! layer 0 (tar, gzip, zstd) ─┐        ┌─ tree: names, owners, modes, attributes (memory)
-//! layer 1 ───────────────────┼─ apply ┤
-//! ...                        ┘        └─ content (streamed into the file) ──> EROFS, cached by digest
+//! layer 0 (tar, gzip, zstd) ── convert, once ──> index, content ─┐
+//! layer 1 ──────────────────── convert, once ──> index, content ─┼─ join ──> metadata of the image's EROFS
+//! ...                                                            ┘
+//!
+//! the guest's disk: [metadata of this image][content of layer 0][content of layer 1]...
 //! ```
+//!
+//! `convert` reads an archive once, whatever number of images has the layer, and splits it: what its files hold
+//! goes to a content file, block by block as a filesystem wants it, everything else to an index. `join` applies the
+//! indexes in order to a tree in memory and writes an EROFS image that is metadata alone; its inodes point behind its own
+//! end, into the contents, because the guest sees all files one after another as one disk. So the first start of an image
+//! costs its new layers, and the second start of anything nothing.
 //!
 //! Nothing is unpacked onto the host's file system, so no archive can write outside its image, no
 //! root is needed to keep owners and devices, and it makes no difference what the host's file
 //! system can represent. How names are walked, and what is refused, is in `resolve`.
+//!
+//! Memory is bounded: a conversion holds three megabytes of buffers, and what a decompressor needs (zstd at most 128 MiB for
+//! its window), for each of at most four layers at a time; a join holds the tree, which
+//! [`Limits::metadata_bytes`] bounds, and the places of its inodes.
 
-mod cache;
+mod archive;
+mod budget;
+mod builder;
+mod content;
+mod convert;
+mod derived;
 mod erofs;
 mod error;
+mod index;
+mod join;
 mod layer;
 mod limits;
 mod pax;
+mod record;
 mod resolve;
+mod root_image;
 mod tar_reader;
 mod tree;
 
-use std::path::PathBuf;
-
-use tokio_util::sync::CancellationToken;
-
-use crate::image::AtomicFile;
-use crate::image::Digest;
 use crate::image::Image;
-use crate::image::run_blocking;
 
-pub use cache::RootfsCache;
+pub use builder::Builder;
 pub use error::LayerError;
 pub use error::LayerErrorKind;
 pub use error::RootfsError;
 pub use limits::Limits;
+pub use root_image::RootImage;
 
-/// A finished root filesystem image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct RootImage {
-    /// The file: a read-only EROFS, a multiple of 4 KiB long. Never changed once it exists.
-    pub path: PathBuf,
-    /// Names its content: same digest, same bytes.
-    pub digest: Digest,
-}
-
-/// Builds the root filesystem of `image`, or finds it in `cache`.
+/// Builds the root filesystem of `image` with the default [`Limits`], or finds it in the image's store.
 ///
 /// # Errors
 ///
-/// [`RootfsError::Layer`] if a layer is damaged or hostile, others if the host fails; nothing
-/// half-written is left in the cache.
+/// As [`Builder::build`].
 ///
 /// # Cancel safety
 ///
-/// Dropping the future abandons the build at the next piece read of an archive and removes what it
-/// has written.
+/// As [`Builder::build`]: dropping the future abandons the build and leaves nothing half-written.
 ///
 /// # Examples
 ///
 /// ```no_run
 /// # async fn f() -> Result<(), Box<dyn std::error::Error>> {
 /// use kiln::image::Image;
-/// use kiln::rootfs::{self, RootfsCache};
+/// use kiln::rootfs;
 /// let image = Image::from_oci_layout("busybox").await?;
-/// let root = rootfs::build(&image, &RootfsCache::open_default().await?).await?;
-/// println!("mount -t erofs {}", root.path.display());
+/// let root = rootfs::build(&image).await?;
+/// root.write_to("root.erofs").await?;
+/// println!("mount -t erofs -o loop root.erofs /mnt");
 /// # Ok(()) }
 /// ```
-pub async fn build(image: &Image, cache: &RootfsCache) -> Result<RootImage, RootfsError> {
-    let abandoned = CancellationToken::new();
-    let _abandon_on_drop = abandoned.clone().drop_guard();
-    let (image, cache) = (image.clone(), cache.clone());
-    run_blocking(move || {
-        let root = cache.place(&image);
-        if cache::is_present(&root.path).map_err(io_at(&root.path))? {
-            return Ok(root);
-        }
-        let file = AtomicFile::create(cache.folder()).map_err(io_at(cache.folder()))?;
-        match write(&image, &cache, &file, &root, abandoned) {
-            Ok(()) => file.commit(&root.path).map_err(io_at(&root.path))?,
-            Err(error) => {
-                file.discard();
-                return Err(error);
-            }
-        }
-        tracing::debug!(image = %image.digest(), path = %root.path.display(), "root filesystem built");
-        Ok(root)
-    })
-    .await
-}
-
-fn write(
-    image: &Image,
-    cache: &RootfsCache,
-    file: &AtomicFile,
-    root: &RootImage,
-    abandoned: CancellationToken,
-) -> Result<(), RootfsError> {
-    let blocks = erofs::BlockWriter::new(file.file()).map_err(io_at(&root.path))?;
-    let mut applier = layer::Applier::new(cache.current_limits(), blocks, abandoned);
-    for layer in image.layers() {
-        let fail = |kind| LayerError { layer: *layer.digest(), entry: None, kind };
-        let blob = image.open_layer(layer).map_err(|error| fail(LayerErrorKind::Read(error)))?;
-        applier.apply(layer, blob)?;
-    }
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&root.digest.as_bytes()[..16]);
-    erofs::finish(&applier.tree, applier.blocks, uuid).map_err(|error| match error {
-        erofs::WriteError::Io(source) => RootfsError::Io { path: root.path.clone(), source },
-        erofs::WriteError::FormatLimit => RootfsError::FormatLimit,
-    })
-}
-
-fn io_at(path: &std::path::Path) -> impl FnOnce(std::io::Error) -> RootfsError + '_ {
-    move |source| RootfsError::Io { path: path.to_owned(), source }
+pub async fn build(image: &Image) -> Result<RootImage, RootfsError> {
+    Builder::new(image).build().await
 }

@@ -1,8 +1,8 @@
 //! The merged file tree of an image, in memory: names, owners, modes, and where content lies.
 //!
 //! Nodes live in an arena and are named by index, so hard links are two names for one index and
-//! dropping a subtree is forgetting one name. Content is not here but in the image under
-//! construction, except for files so small that the filesystem keeps them beside their inode.
+//! dropping a subtree is forgetting one name. Content is not here but in the layers' content files, except for files so
+//! small that the filesystem keeps them beside their inode.
 
 use std::cell::Cell;
 use std::cmp::Ordering;
@@ -12,6 +12,7 @@ use kiln_tree::pax::Time;
 
 use crate::rootfs::error::LayerErrorKind;
 use crate::rootfs::limits::MAX_LINK_STEPS;
+use crate::rootfs::limits::MAX_XATTR_VALUE;
 
 /// Memory a node costs beside its texts, in bytes; only for [`Tree::charge`].
 const NODE_COST: u64 = 192;
@@ -56,6 +57,13 @@ impl Xattr {
         Some(Self { index, suffix: suffix.into(), value: value.into() })
     }
 
+    /// An attribute that [`Xattr::new`] made before, from its fields; `None` if it cannot have.
+    pub(super) fn from_parts(index: u8, suffix: &[u8], value: &[u8]) -> Option<Self> {
+        let (prefix, _) = XATTR_PREFIXES.iter().find(|(_, known)| *known == index)?;
+        let is_small = suffix.len() <= 255 && value.len() <= MAX_XATTR_VALUE;
+        is_small.then(|| Self::new(&[*prefix, suffix].concat(), value)).flatten()
+    }
+
     /// Orders by name alone.
     pub(super) fn cmp_name(&self, other: &Self) -> Ordering {
         (self.index, &self.suffix).cmp(&(other.index, &other.suffix))
@@ -91,8 +99,8 @@ impl Meta {
 pub(super) enum Content {
     /// Here; kept beside the inode.
     Inline(Box<[u8]>),
-    /// In the image under construction, from a block on.
-    Blocks { start: u32, size: u64 },
+    /// In a layer's content file, from a block on; the files are numbered in the order of their first use by a layer.
+    Blocks { file: u32, start: u32, size: u64 },
 }
 
 #[derive(Debug)]

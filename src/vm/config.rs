@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use super::assets::Assets;
 use crate::hv::Hypervisor;
+use crate::image::Progress;
+use crate::rootfs::Limits;
 use crate::units::Bytes;
 
 /// Where the guest kernel comes from.
@@ -49,6 +51,8 @@ pub struct VmConfig {
     pub(super) boot_timeout: Duration,
     pub(super) verbose_boot: bool,
     pub(super) extra_cmdline: String,
+    pub(super) progress: Progress,
+    pub(super) root_limits: Limits,
 }
 
 impl Default for VmConfig {
@@ -74,6 +78,8 @@ impl VmConfig {
             boot_timeout: Duration::from_secs(60),
             verbose_boot: false,
             extra_cmdline: String::new(),
+            progress: Progress::default(),
+            root_limits: Limits::default(),
         }
     }
 
@@ -160,13 +166,36 @@ impl VmConfig {
         self.extra_cmdline = extra.into();
         self
     }
+
+    /// Where [`Image::start`](crate::Image::start) reports the making of the root filesystem to.
+    ///
+    /// ```
+    /// use kiln::image::Progress;
+    /// use kiln::vm::VmConfig;
+    /// let (progress, events) = Progress::channel();
+    /// let config = VmConfig::new().progress(progress);
+    /// # drop((config, events));
+    /// ```
+    #[must_use]
+    pub fn progress(mut self, progress: Progress) -> Self {
+        self.progress = progress;
+        self
+    }
+
+    /// How much an image may ask of this host when [`Image::start`](crate::Image::start) makes its root filesystem.
+    #[must_use]
+    pub fn root_limits(mut self, limits: Limits) -> Self {
+        self.root_limits = limits;
+        self
+    }
 }
 
 /// What the guest runs from: a root filesystem image, and what its OCI configuration says about processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestRoot {
-    /// The file with the read-only filesystem.
-    pub path: PathBuf,
+    /// The files that, one after another, are the disk with the read-only filesystem. One file may have any length; of
+    /// several each is a multiple of 4 KiB long.
+    pub files: Vec<PathBuf>,
     /// The type of the filesystem, as the guest's `mount` knows it.
     pub fs: String,
     /// ENV.
@@ -187,8 +216,23 @@ impl GuestRoot {
     /// An EROFS image at `path`, with an empty OCI configuration.
     #[must_use]
     pub fn erofs(path: impl Into<PathBuf>) -> Self {
+        Self::erofs_files([path])
+    }
+
+    /// An EROFS image that is these files one after another, as [`rootfs`](crate::rootfs) makes them, with an empty OCI
+    /// configuration.
+    ///
+    /// ```no_run
+    /// # async fn f(image: kiln::Image) -> Result<(), kiln::RootfsError> {
+    /// use kiln::vm::GuestRoot;
+    /// let root = GuestRoot::erofs_files(kiln::rootfs::build(&image).await?.files());
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn erofs_files<P: Into<PathBuf>>(files: impl IntoIterator<Item = P>) -> Self {
+        let files = files.into_iter().map(Into::into).collect();
         Self {
-            path: path.into(),
+            files,
             fs: "erofs".to_owned(),
             env: Vec::new(),
             workdir: "/".to_owned(),

@@ -1,19 +1,17 @@
 //! From an OCI image to a running VM: builds the root filesystem, once, and boots it.
 
-use super::Assets;
 use super::GuestRoot;
 use super::StartError;
 use super::Vm;
 use super::VmConfig;
 use crate::image::Image;
 use crate::rootfs;
-use crate::rootfs::RootfsCache;
 use crate::workload::signal_number;
 
 impl Image {
     /// Boots this image in a VM of its own and waits until that answers.
     ///
-    /// The root filesystem is built from the layers the first time and cached by their digests. The image's ENV,
+    /// The root filesystem is built from the layers the first time and kept in the image's store. The image's ENV,
     /// WORKDIR and USER hold for every command that is run; its ENTRYPOINT and CMD are started by [`Vm::workload`].
     ///
     /// # Errors
@@ -39,16 +37,14 @@ impl Image {
 
     /// The root filesystem and the part of the configuration that concerns processes.
     async fn root(&self, config: &VmConfig) -> Result<GuestRoot, StartError> {
-        let assets = config.assets.clone().or_else(Assets::user);
-        let assets = assets.ok_or(StartError::Config("the user has no home folder; name a cache folder"))?;
-        let cache = RootfsCache::open(assets.dir().join("rootfs")).await?;
-        let built = rootfs::build(self, &cache).await?;
+        let builder = rootfs::Builder::new(self).limits(config.root_limits).progress(config.progress.clone());
+        let built = builder.build().await?;
         let oci = self.config();
         let variable = |entry: &String| {
             let (name, value) = entry.split_once('=')?;
             Some((name.to_owned(), value.to_owned()))
         };
-        let mut root = GuestRoot::erofs(built.path);
+        let mut root = GuestRoot::erofs_files(built.files());
         root.env = oci.env.iter().filter_map(variable).collect();
         root.command = oci.command();
         root.stop_signal = oci.stop_signal.as_deref().and_then(stop_signal);

@@ -15,6 +15,8 @@ use super::config::GuestRoot;
 use super::config::Kernel;
 use super::config::VmConfig;
 use super::error::StartError;
+use crate::block::BlockBackend;
+use crate::block::ConcatBackend;
 use crate::block::FileBackend;
 use crate::exec;
 use crate::exec::AgentInfo;
@@ -39,8 +41,7 @@ pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, Sta
     let kernel_path = kernel_path(&config)?;
     let kernel = open(&kernel_path, StartError::kernel_missing)?;
     let agent = read_agent(&agent_path(&config)?)?;
-    let disk =
-        FileBackend::open(&root.path).map_err(|source| StartError::Unreadable { path: root.path.clone(), source })?;
+    let disk = disk(&root.files)?;
     let guest = guest_config(root, &config);
     // The one engine that every host has; a better one is chosen here once there is another.
     let engine = config.engine.unwrap_or_else(|| Arc::new(Soft::new()));
@@ -48,7 +49,7 @@ pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, Sta
         memory: config.memory,
         kernel,
         initramfs: cpio::initramfs(&agent, &guest.to_json()),
-        disks: vec![Arc::new(disk)],
+        disks: vec![disk],
         verbose_boot: config.verbose_boot,
         extra_cmdline: config.extra_cmdline,
     };
@@ -58,6 +59,19 @@ pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, Sta
         MachineError::Boot(BootError::Kernel(source)) => StartError::KernelNotElf { path: kernel_path, source },
         other => StartError::Machine(other),
     })
+}
+
+/// The files one after another; a single one may have any length.
+fn disk(paths: &[PathBuf]) -> Result<Arc<dyn BlockBackend>, StartError> {
+    let open =
+        |path: &PathBuf| File::open(path).map_err(|source| StartError::Unreadable { path: path.clone(), source });
+    let mut files = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let path = paths.first().cloned().ok_or(StartError::Config("the root filesystem has no file"))?;
+    let unreadable = |source| StartError::Unreadable { path, source };
+    match files.pop() {
+        Some(only) if files.is_empty() => Ok(Arc::new(FileBackend::new(only).map_err(unreadable)?)),
+        last => Ok(Arc::new(ConcatBackend::new(files.into_iter().chain(last)).map_err(unreadable)?)),
+    }
 }
 
 /// Waits until the agent answers, or the machine ends, or time is up.

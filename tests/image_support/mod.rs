@@ -16,7 +16,6 @@ use kiln::image::Digest;
 use kiln::image::Image;
 use kiln::image::ImageStore;
 use kiln::rootfs;
-use kiln::rootfs::RootfsCache;
 use kiln::rootfs::RootfsError;
 use serde_json::Value;
 use serde_json::json;
@@ -255,19 +254,34 @@ pub fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// A store and a cache of their own.
+/// An image's root filesystem as one flat EROFS file, which tools and the kernel can read.
+pub struct Flat {
+    pub root: rootfs::RootImage,
+    /// Goes with this value.
+    pub path: std::path::PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+/// From an image to one EROFS file: what every test does that reads a root filesystem back.
+pub async fn flat(image: &Image) -> Result<Flat, RootfsError> {
+    let root = rootfs::build(image).await?;
+    let folder = scratch();
+    let path = folder.path().join("root.erofs");
+    root.write_to(&path).await?;
+    Ok(Flat { root, path, _folder: folder })
+}
+
+/// A store of its own.
 pub struct Place {
     pub folder: tempfile::TempDir,
     pub store: ImageStore,
-    pub cache: RootfsCache,
 }
 
 impl Place {
     pub async fn new() -> Self {
         let folder = scratch();
         let store = ImageStore::open(folder.path().join("images")).await.unwrap();
-        let cache = RootfsCache::open(folder.path().join("rootfs")).await.unwrap();
-        Self { folder, store, cache }
+        Self { folder, store }
     }
 
     pub async fn import(&self, layers: &[LayerBlob]) -> Image {
@@ -275,23 +289,23 @@ impl Place {
         self.store.import_oci_layout(layout.folder.path(), None).await.unwrap()
     }
 
-    /// Builds the root filesystem of an image of these layers.
-    pub async fn build(&self, layers: &[LayerBlob]) -> Result<rootfs::RootImage, RootfsError> {
-        rootfs::build(&self.import(layers).await, &self.cache).await
+    /// The root filesystem of an image of these layers.
+    pub async fn build(&self, layers: &[LayerBlob]) -> Result<Flat, RootfsError> {
+        flat(&self.import(layers).await).await
     }
 
-    /// The image's root filesystem as one file.
-    pub async fn flat(&self, image: &Image) -> std::path::PathBuf {
-        rootfs::build(image, &self.cache).await.unwrap().path
+    /// Where what is made from layers is.
+    pub fn derived(&self) -> std::path::PathBuf {
+        self.folder.path().join("images/derived")
     }
 
-    /// Files in store and cache that are temporary or not named by a digest.
+    /// Files in the store that are temporary or not named by a digest.
     pub fn debris(&self) -> Vec<String> {
         let mut found = Vec::new();
-        for folder in ["images/blobs/sha256", "images/references", "rootfs"] {
+        for folder in ["images/blobs/sha256", "images/references", "images/derived"] {
             for entry in fs::read_dir(self.folder.path().join(folder)).unwrap() {
                 let name = entry.unwrap().file_name().into_string().unwrap();
-                let hex = name.strip_suffix(".erofs").unwrap_or(&name);
+                let hex = name.split('-').next().unwrap();
                 if hex.len() != 64 || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
                     found.push(name);
                 }

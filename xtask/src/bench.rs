@@ -9,8 +9,8 @@ use crate::packages;
 use crate::process;
 use crate::workspace;
 
-/// The yardstick, and what packs its initramfs.
-const PACKAGES: &[&str] = &["cpio", "qemu-system-x86"];
+/// The yardsticks, and what packs an initramfs.
+const PACKAGES: &[&str] = &["cpio", "erofs-utils", "qemu-system-x86", "umoci"];
 
 /// Runs the benchmarks whose names are given, or all.
 pub(crate) fn run(names: &[String]) -> Result<()> {

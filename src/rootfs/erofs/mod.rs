@@ -2,16 +2,20 @@
 //! fs/erofs/erofs_fs.h).
 //!
 //! ```text
-//! block 0      1,024 bytes of zeros, then the superblock
-//! block 1...   content of files, each from a block boundary on, in the order of the archives
-//!              folders and long link targets that are not kept beside their inode
-//! meta_blkaddr inodes (always the 64-byte form: it has its own mtime), each followed by its
-//!              attributes and, if short, the end of its content ("flat inline")
+//! joined file  block 0      1,024 bytes of zeros, then the superblock
+//!              block 1...   folders and long link targets that are not kept beside their inode
+//!              meta_blkaddr inodes (always the 64-byte form: it has its own mtime), each followed by its
+//!                           attributes and, if short, its content or the end of it ("flat inline")
+//!              last blocks  the record of the contents that follow, which no inode refers to (see `record`)
+//! contents     blocks       files of a layer, each from a block boundary on, in the order of its archive
+//!              blocks       files of the next layer
+//!              ...
 //! ```
 //!
-//! Content is written while the archives stream by, before anything is known about the tree;
-//! inodes come last. So a layer is decompressed once and its bytes are copied once, memory is
-//! bounded by metadata, and what a later layer hides leaves a hole that is punched at the end.
+//! To a kernel it is one image of that many blocks, without EROFS's feature for several devices: the disk that a guest
+//! sees is the files one after another. So a layer's contents are decompressed once and shared by all images that have
+//! the layer; an image of its own is only what is in the joined file, and that depends on metadata alone. The price: of a
+//! layer that is used at all, the guest's disk has what later layers hide, as a registry has it; no name leads there.
 //! The bytes depend on the layers alone: the image names no time, no host and no random number.
 //!
 //! Own code, because nothing published writes EROFS with content. Squashfs, for which there is a
@@ -24,37 +28,27 @@ mod folder;
 mod format;
 mod plan;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::io::BufWriter;
 use std::io::Read;
-use std::io::Seek;
-use std::io::SeekFrom;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 
-use rustix::fs::FallocateFlags;
-
-use crate::rootfs::error::LayerErrorKind;
-use crate::rootfs::tar_reader::read_error;
-use crate::rootfs::tree::Content;
-use crate::rootfs::tree::NodeKind;
 use crate::rootfs::tree::Tree;
 
 pub(super) use format::superblock_blocks;
+pub(super) use plan::Plan;
 
 /// The filesystem's block size: the guest's page size, so that a block is a page.
 pub(super) const BLOCK: usize = 4096;
 
-/// Largest content of a file kept beside its inode, in bytes. It has to stay in memory until the
-/// inodes are written, and must share one block with them.
+/// Largest content of a file kept beside its inode, in bytes. It is in memory while layers are joined, and must share one
+/// block with the inode's end.
 pub(super) const INLINE_MAX: usize = 1024;
 
 /// Size of the write buffer, in bytes.
 const WRITE_BUFFER: usize = 1 << 20;
-
-/// Content is moved from the archive in pieces of this size, in bytes.
-const COPY_BUFFER: usize = 128 << 10;
 
 /// Why an image could not be completed.
 #[derive(Debug, thiserror::Error)]
@@ -65,127 +59,87 @@ pub(super) enum WriteError {
     FormatLimit,
 }
 
-/// Appends content to an image under construction, block by block.
+/// What surrounds the metadata in an image.
 #[derive(Debug)]
-pub(super) struct BlockWriter<'a> {
-    out: BufWriter<&'a File>,
-    next: u32,
-    buffer: Vec<u8>,
+pub(super) struct Surroundings<'a> {
+    /// Names the volume.
+    pub(super) uuid: [u8; 16],
+    /// Comes after the inodes; whole blocks.
+    pub(super) record: &'a [u8],
+    /// The content files that the plan names, in order, each with its length in blocks.
+    pub(super) contents: &'a [(u32, u32)],
 }
 
-impl<'a> BlockWriter<'a> {
-    /// Starts an image in the empty `file`.
-    pub(super) fn new(file: &'a File) -> io::Result<Self> {
-        let mut out = BufWriter::with_capacity(WRITE_BUFFER, file);
-        out.write_all(&[0; BLOCK])?;
-        Ok(Self { out, next: 1, buffer: vec![0; COPY_BUFFER] })
+/// Writes the joined file of the image that was planned for `tree`.
+pub(super) fn write(tree: &Tree, plan: &Plan, file: &File, around: &Surroundings<'_>) -> Result<(), WriteError> {
+    let (contents, blocks) = place_contents(plan, around)?;
+    let mut out = Blocks { out: BufWriter::with_capacity(WRITE_BUFFER, file), position: 0 };
+    let superblock = format::Superblock {
+        blocks,
+        inodes: plan.inodes.len() as u64,
+        meta_start: plan.meta_start,
+        root_nid: 0,
+        uuid: around.uuid,
+    };
+    out.zeros(1024)?;
+    out.write(&superblock.encode())?;
+    write_folders(tree, plan, &mut out)?;
+    debug_assert_eq!(out.position, u64::from(plan.meta_start) * BLOCK as u64, "written as planned");
+    for inode in &plan.inodes {
+        out.zeros_to(u64::from(plan.meta_start) * BLOCK as u64 + inode.position)?;
+        out.write(&plan.encode(tree, inode, &contents)?)?;
     }
-
-    /// Writes exactly `size` bytes of `content`; returns the block they start at.
-    pub(super) fn append(&mut self, content: &mut impl Read, size: u64) -> Result<u32, LayerErrorKind> {
-        let (start, end) = self
-            .reserve(size)
-            .ok_or_else(|| LayerErrorKind::Limit { what: "blocks of content", limit: u64::from(u32::MAX) })?;
-        let mut left = size;
-        while left > 0 {
-            let want = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
-            let count = content.read(&mut self.buffer[..want]).map_err(read_error)?;
-            if count == 0 {
-                return Err(LayerErrorKind::Truncated);
-            }
-            self.out.write_all(&self.buffer[..count]).map_err(LayerErrorKind::Write)?;
-            left -= count as u64;
-        }
-        self.pad(size).map_err(LayerErrorKind::Write)?;
-        self.next = end;
-        Ok(start)
-    }
-
-    fn append_bytes(&mut self, bytes: &[u8]) -> Result<u32, WriteError> {
-        let (start, end) = self.reserve(bytes.len() as u64).ok_or(WriteError::FormatLimit)?;
-        self.out.write_all(bytes)?;
-        self.pad(bytes.len() as u64)?;
-        self.next = end;
-        Ok(start)
-    }
-
-    fn reserve(&self, size: u64) -> Option<(u32, u32)> {
-        let blocks = u32::try_from(size.div_ceil(BLOCK as u64)).ok()?;
-        Some((self.next, self.next.checked_add(blocks)?))
-    }
-
-    fn pad(&mut self, written: u64) -> io::Result<()> {
-        let over = (written % BLOCK as u64) as usize;
-        if over > 0 { self.out.write_all(&[0; BLOCK][over..]) } else { Ok(()) }
-    }
+    out.zeros_to(u64::from(plan.end) * BLOCK as u64)?;
+    out.write(around.record)?;
+    out.out.flush()?;
+    Ok(())
 }
 
-/// Writes folders, inodes and the superblock after the content; `uuid` names the volume.
-pub(super) fn finish(tree: &Tree, mut blocks: BlockWriter<'_>, uuid: [u8; 16]) -> Result<(), WriteError> {
-    let content_end = blocks.next;
-    let plan = plan::Plan::new(tree, content_end)?;
+/// The first block of each content file, and the number of blocks of the whole image.
+fn place_contents(plan: &Plan, around: &Surroundings<'_>) -> Result<(BTreeMap<u32, u32>, u32), WriteError> {
+    debug_assert_eq!(around.record.len() % BLOCK, 0, "the record is whole blocks");
+    let record = u32::try_from(around.record.len() / BLOCK).map_err(|_| WriteError::FormatLimit)?;
+    let mut next = plan.end.checked_add(record).ok_or(WriteError::FormatLimit)?;
+    let mut contents = BTreeMap::new();
+    for (number, blocks) in around.contents {
+        contents.insert(*number, next);
+        next = next.checked_add(*blocks).ok_or(WriteError::FormatLimit)?;
+    }
+    Ok((contents, next))
+}
+
+fn write_folders(tree: &Tree, plan: &Plan, out: &mut Blocks<'_>) -> Result<(), WriteError> {
     for inode in &plan.inodes {
         let payload = plan.payload(tree, inode);
         let full = payload.len() - usize::from(inode.inline);
         if full > 0 {
-            let start = blocks.append_bytes(&payload[..full])?;
-            debug_assert_eq!(start, inode.start, "blocks are written in the order they were planned");
+            debug_assert_eq!(out.position, u64::from(inode.start) * BLOCK as u64, "written in the order planned");
+            out.write(&payload[..full])?;
+            out.zeros_to(out.position.next_multiple_of(BLOCK as u64))?;
         }
-    }
-    let meta_start = blocks.next;
-    let mut position = 0;
-    for inode in &plan.inodes {
-        let bytes = plan.encode(tree, inode)?;
-        zeros(&mut blocks.out, inode.position - position)?;
-        blocks.out.write_all(&bytes)?;
-        position = inode.position + bytes.len() as u64;
-    }
-    // `fsck.erofs` reads an attribute header behind every inode, also where there is none: the last one must not end with the image.
-    zeros(&mut blocks.out, format::XATTR_HEADER as u64)?;
-    position += format::XATTR_HEADER as u64;
-    blocks.pad(position)?;
-    let (_, end) = blocks.reserve(position).ok_or(WriteError::FormatLimit)?;
-    let superblock =
-        format::Superblock { blocks: end, inodes: plan.inodes.len() as u64, meta_start, root_nid: 0, uuid };
-    blocks.out.flush()?;
-    let file = *blocks.out.get_ref();
-    file.write_all_at(&superblock.encode(), 1024)?;
-    punch_unreferenced(tree, &plan, file, content_end)
-}
-
-fn zeros(out: &mut impl Write, count: u64) -> io::Result<()> {
-    io::copy(&mut io::repeat(0).take(count), out).map(drop)
-}
-
-/// Frees the blocks of content that no name leads to any more.
-fn punch_unreferenced(tree: &Tree, plan: &plan::Plan, file: &File, content_end: u32) -> Result<(), WriteError> {
-    let mut live: Vec<(u32, u64)> = Vec::new();
-    for inode in &plan.inodes {
-        if let NodeKind::File(Content::Blocks { start, size }) = &tree.node(inode.node).kind {
-            live.push((*start, u64::from(*start) + size.div_ceil(BLOCK as u64)));
-        }
-    }
-    live.sort_unstable();
-    let mut free_from = 1;
-    for (start, end) in live.into_iter().chain([(content_end, 0)]) {
-        let length = u64::from(start).saturating_sub(free_from);
-        if length > 0 {
-            punch(file, free_from * BLOCK as u64, length * BLOCK as u64)?;
-        }
-        free_from = end;
     }
     Ok(())
 }
 
-/// Makes a range read as zeros, without occupying the disk where the file system can do that.
-fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    match rustix::fs::fallocate(file, flags, offset, length) {
-        Err(rustix::io::Errno::OPNOTSUPP) => {
-            let mut out = file;
-            out.seek(SeekFrom::Start(offset))?;
-            zeros(&mut out, length)
-        }
-        result => Ok(result?),
+/// The joined file from its start on.
+struct Blocks<'a> {
+    out: BufWriter<&'a File>,
+    /// In bytes.
+    position: u64,
+}
+
+impl Blocks<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.position += bytes.len() as u64;
+        self.out.write_all(bytes)
+    }
+
+    fn zeros_to(&mut self, position: u64) -> io::Result<()> {
+        self.zeros(position - self.position)
+    }
+
+    fn zeros(&mut self, count: u64) -> io::Result<()> {
+        self.position += count;
+        io::copy(&mut io::repeat(0).take(count), &mut self.out).map(drop)
     }
 }

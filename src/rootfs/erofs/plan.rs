@@ -5,6 +5,8 @@
 //! it reads.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use crate::rootfs::erofs::BLOCK;
 use crate::rootfs::erofs::WriteError;
@@ -31,7 +33,7 @@ pub(super) struct PlannedInode {
     /// In bytes from the start of the inodes.
     pub(super) position: u64,
     size: u64,
-    /// First block of the content outside the inode.
+    /// First block of what is outside the inode and not in a content file.
     pub(super) start: u32,
     /// How much of the end of the content lies beside the inode, in bytes.
     pub(super) inline: u16,
@@ -39,19 +41,36 @@ pub(super) struct PlannedInode {
 
 /// The inodes in the order of their positions.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(in crate::rootfs) struct Plan {
     pub(super) inodes: Vec<PlannedInode>,
     /// From node to index in `inodes`.
     index: Vec<u32>,
+    /// The content files that inodes refer to.
+    contents: BTreeSet<u32>,
+    /// First block of the inodes, after folders and link targets.
+    pub(super) meta_start: u32,
+    /// First block after the inodes.
+    pub(super) end: u32,
 }
 
 impl Plan {
-    /// Plans for folders and link targets to be written from block `next` on.
-    pub(super) fn new(tree: &Tree, next: u32) -> Result<Self, WriteError> {
-        let mut plan = Self { inodes: Vec::new(), index: vec![UNSEEN; tree.len()] };
+    /// Plans for folders and link targets to be written after the superblock, and inodes after those.
+    pub(in crate::rootfs) fn new(tree: &Tree) -> Result<Self, WriteError> {
+        let index = vec![UNSEEN; tree.len()];
+        let mut plan = Self { inodes: Vec::new(), index, contents: BTreeSet::new(), meta_start: 1, end: 1 };
         plan.collect(tree);
-        plan.place(tree, next)?;
+        plan.place(tree)?;
         Ok(plan)
+    }
+
+    /// The numbers of the content files that the filesystem refers to, ascending.
+    pub(in crate::rootfs) fn contents(&self) -> impl Iterator<Item = u32> {
+        self.contents.iter().copied()
+    }
+
+    /// How many blocks superblock, folders and inodes take.
+    pub(in crate::rootfs) const fn blocks(&self) -> u32 {
+        self.end
     }
 
     /// Numbers what can be reached, and counts names.
@@ -90,8 +109,8 @@ impl Plan {
         index
     }
 
-    fn place(&mut self, tree: &Tree, mut next: u32) -> Result<(), WriteError> {
-        let mut end = 0_u64;
+    fn place(&mut self, tree: &Tree) -> Result<(), WriteError> {
+        let (mut next, mut end) = (1_u32, 0_u64);
         for inode in &mut self.inodes {
             let node = tree.node(inode.node);
             let header = (INODE_SIZE + format::xattr_size(&node.meta)) as u64;
@@ -101,8 +120,8 @@ impl Plan {
                     folder::size(folder::with_dots(lengths, 1, 2).map(|(_, length)| length))
                 }
                 NodeKind::File(Content::Inline(bytes)) | NodeKind::Symlink(bytes) => bytes.len() as u64,
-                NodeKind::File(Content::Blocks { start, size }) => {
-                    inode.start = *start;
+                NodeKind::File(Content::Blocks { file, size, .. }) => {
+                    self.contents.insert(*file);
                     *size
                 }
                 _ => 0,
@@ -120,6 +139,12 @@ impl Plan {
             inode.position = position_from(end, header, u64::from(inode.inline));
             end = inode.position + header + u64::from(inode.inline);
         }
+        self.meta_start = next;
+        // `fsck.erofs` reads an attribute header behind every inode, also where there is none: the last one must not end
+        // with the image.
+        let blocks = u32::try_from((end + format::XATTR_HEADER as u64).div_ceil(BLOCK as u64));
+        let blocks = blocks.map_err(|_| WriteError::FormatLimit)?;
+        self.end = next.checked_add(blocks).ok_or(WriteError::FormatLimit)?;
         Ok(())
     }
 
@@ -146,8 +171,13 @@ impl Plan {
         }
     }
 
-    /// The inode, its attributes and what lies beside it.
-    pub(super) fn encode(&self, tree: &Tree, inode: &PlannedInode) -> Result<Vec<u8>, WriteError> {
+    /// The inode, its attributes and what lies beside it; `contents` has the first block of each content file.
+    pub(super) fn encode(
+        &self,
+        tree: &Tree,
+        inode: &PlannedInode,
+        contents: &BTreeMap<u32, u32>,
+    ) -> Result<Vec<u8>, WriteError> {
         let node = tree.node(inode.node);
         let index = self.index[inode.node as usize];
         let fields = format::InodeFields {
@@ -156,6 +186,9 @@ impl Plan {
             union: match node.kind {
                 NodeKind::Char { major, minor } | NodeKind::Block { major, minor } => format::device(major, minor),
                 NodeKind::Fifo => 0,
+                NodeKind::File(Content::Blocks { file, start, .. }) => {
+                    contents.get(&file).and_then(|base| base.checked_add(start)).ok_or(WriteError::FormatLimit)?
+                }
                 _ => inode.start,
             },
             has_inline: inode.inline > 0,
