@@ -156,7 +156,7 @@ async fn an_image_for_another_platform() {
     manifest["platform"] = json!({ "architecture": "arm64", "os": "linux" });
     let layout = layout.tag("arm", manifest);
     let error = refused(&layout, None).await;
-    assert!(matches!(error, LayoutError::Manifest(ManifestError::NoPlatform)), "{error:?}");
+    assert!(matches!(error, LayoutError::Manifest(ManifestError::NoPlatform { .. })), "{error:?}");
 
     let layout = Layout::new();
     let config = json!({ "architecture": "arm64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });

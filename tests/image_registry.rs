@@ -1,25 +1,33 @@
-//! Pulling from a real registry, Debian's `docker-registry`, filled by `skopeo`; and from servers
-//! that misbehave.
+//! Pulling from a real registry, Debian's `docker-registry`, filled by `skopeo`.
 
 mod image_support;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::time::Duration;
 
+use futures::StreamExt;
 use image_support::LayerBlob;
 use image_support::Layout;
 use image_support::Place;
 use image_support::Tar;
 use image_support::registry::Registry;
 use image_support::registry::USER;
+use kiln::StartError;
+use kiln::VmConfig;
+use kiln::image::ConfigError;
 use kiln::image::Digest;
 use kiln::image::Image;
+use kiln::image::ManifestError;
+use kiln::image::Platform;
+use kiln::image::Progress;
+use kiln::image::ProgressEvent;
 use kiln::image::PullError;
 use kiln::image::PullPolicy;
 use kiln::image::RegistryAuth;
-use tokio::io::AsyncReadExt;
-use tokio::io::AsyncWriteExt;
+use serde_json::Value;
+use serde_json::json;
+
+const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 fn layers() -> [LayerBlob; 2] {
     let lower = Tar::new().folder("etc/").file("etc/a", b"lower").file("big", &[7; 3_000_000]).finish();
@@ -154,7 +162,7 @@ async fn policies_never_and_missing_do_without_the_registry() {
     for policy in [PullPolicy::Missing, PullPolicy::Never] {
         assert_eq!(builder().policy(policy).pull().await.unwrap().digest(), pulled.digest());
     }
-    let error = builder().pull().await.unwrap_err();
+    let error = builder().retries(0).pull().await.unwrap_err();
     assert!(matches!(error, PullError::Network { .. }), "{error:?}");
 }
 
@@ -166,125 +174,196 @@ async fn a_name_that_is_no_reference() {
     }
 }
 
-/// A server that answers requests for blobs by `blob`, and serves `layout`'s manifest.
-async fn serve(layout: &Layout, tag_manifest: Digest, fault: Fault) -> String {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let folder = layout.folder.path().join("blobs/sha256");
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let folder = folder.clone();
-            tokio::spawn(async move {
-                let mut request = vec![0; 8192];
-                let length = stream.read(&mut request).await.unwrap_or(0);
-                let request = String::from_utf8_lossy(&request[..length]).into_owned();
-                let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
-                let hex = match path.rsplit_once("sha256:") {
-                    Some((_, hex)) => hex.to_owned(),
-                    None if path.contains("/manifests/") => tag_manifest.hex(),
-                    None => {
-                        let _ = stream
-                            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-                            .await;
-                        return;
-                    }
-                };
-                let body = fs::read(folder.join(hex)).unwrap_or_default();
-                fault.answer(&mut stream, path.contains("/blobs/"), &body).await;
-            });
-        }
+/// Layers of an image that says what it is for.
+fn content(platform: &str) -> LayerBlob {
+    LayerBlob::gzip(&Tar::new().file("platform", platform.as_bytes()).finish())
+}
+
+/// An image for `platform`, as an entry of an index.
+fn entry(layout: &Layout, platform: &str) -> Value {
+    let (os, architecture) = platform.split_once('/').unwrap();
+    let layer = content(platform);
+    let config = json!({
+        "architecture": architecture, "os": os, "config": {},
+        "rootfs": { "type": "layers", "diff_ids": [layer.diff_id.to_string()] },
     });
-    address
+    let mut entry = layout.manifest_of(&config, &[layout.blob(layer.media_type, &layer.blob)]);
+    entry["platform"] = json!({ "os": os, "architecture": architecture });
+    entry
 }
 
-#[derive(Clone, Copy)]
-enum Fault {
-    /// Closes the connection in the middle of a blob.
-    Break,
-    /// Sends half of a blob and then nothing.
-    Stall,
-    /// Answers every blob with 503.
-    Unavailable,
-    /// Answers a manifest with another one.
-    WrongManifest,
+fn index(entries: &[Value]) -> Vec<u8> {
+    json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries }).to_string().into_bytes()
 }
 
-impl Fault {
-    async fn answer(self, stream: &mut tokio::net::TcpStream, is_blob: bool, body: &[u8]) {
-        let head = |length: usize| format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n");
-        let half = &body[..body.len() / 2];
-        let send = match (self, is_blob) {
-            (Self::Break | Self::Stall, true) => [head(body.len()).as_bytes(), half].concat(),
-            (Self::Unavailable, true) => {
-                b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_vec()
-            }
-            (Self::WrongManifest, false) => [head(body.len() + 1).as_bytes(), body, b"\n"].concat(),
-            _ => [head(body.len()).as_bytes(), body].concat(),
-        };
-        let _ = stream.write_all(&send).await;
-        if matches!(self, Self::Stall) && is_blob {
-            // Until the client gives up and closes.
-            let _ = stream.read(&mut [0; 16]).await;
+/// A registry with "multi:1", an index of images for these platforms; and their entries.
+fn multi(platforms: &[&str]) -> (Registry, Vec<Value>) {
+    let registry = Registry::open();
+    let layout = Layout::new();
+    let entries: Vec<_> = platforms.iter().map(|platform| entry(&layout, platform)).collect();
+    let whole = layout.blob(OCI_INDEX, &index(&entries));
+    let layout = layout.tag("multi", whole);
+    registry.push(layout.folder.path(), "multi", "multi:1", &["--all"]);
+    (registry, entries)
+}
+
+fn platform(text: &str) -> Platform {
+    text.parse().unwrap()
+}
+
+#[tokio::test]
+async fn an_index_is_followed_to_the_wanted_platform() {
+    let (registry, entries) = multi(&["linux/arm64", "linux/amd64", "unknown/unknown"]);
+    let reference = format!("{}/multi:1", registry.address);
+    let place = Place::new().await;
+    let builder =
+        |text: &str| Image::builder(&reference).store(place.store.clone()).platform(platform(text)).retries(0);
+    let error = builder("linux/s390x").pull().await.unwrap_err();
+    match error {
+        PullError::Manifest(ManifestError::NoPlatform { wanted, available }) => {
+            assert_eq!(wanted, platform("linux/s390x"));
+            assert_eq!(available, [platform("linux/arm64"), platform("linux/amd64")]);
         }
+        other => panic!("{other:?}"),
+    }
+    for (text, entry) in [("linux/arm64", &entries[0]), ("linux/amd64", &entries[1])] {
+        let image = builder(text).pull().await.unwrap();
+        assert_eq!(image.digest().to_string(), entry["digest"]);
+        assert_eq!(image.config().platform, platform(text));
+    }
+    // Without a word it is the guest's, and no other can be started.
+    assert_eq!(pull(&place, &reference).await.unwrap().config().platform, Platform::default());
+    let image = builder("linux/arm64/v8").pull().await.unwrap();
+    let error = image.start(VmConfig::new()).await.unwrap_err();
+    assert!(matches!(&error, StartError::Platform { image, .. } if *image == platform("linux/arm64")), "{error:?}");
+    // The store knows them apart.
+    drop(registry);
+    for text in ["linux/arm64", "linux/amd64"] {
+        for policy in [PullPolicy::Missing, PullPolicy::Never] {
+            assert_eq!(builder(text).policy(policy).pull().await.unwrap().config().platform, platform(text));
+        }
+    }
+    let error = builder("linux/s390x").policy(PullPolicy::Never).pull().await.unwrap_err();
+    assert!(matches!(error, PullError::UnknownImage { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn indexes_in_an_index_are_searched() {
+    let (registry, entries) = multi(&["linux/arm64", "linux/amd64"]);
+    let nested = |entries: &[Value]| {
+        let bytes = index(entries);
+        registry.put_manifest("multi", &Digest::of(&bytes).to_string(), OCI_INDEX, &bytes);
+        json!({ "mediaType": OCI_INDEX, "digest": Digest::of(&bytes).to_string(), "size": bytes.len() })
+    };
+    let (arm, amd) = (nested(&entries[..1]), nested(&entries[1..]));
+    registry.put_manifest("multi", "nested", OCI_INDEX, &index(&[arm, amd.clone()]));
+    let place = Place::new().await;
+    let image = pull(&place, &format!("{}/multi:nested", registry.address)).await.unwrap();
+    assert_eq!(image.digest().to_string(), entries[1]["digest"]);
+    let mut deep = amd;
+    for _ in 0..3 {
+        deep = nested(&[deep]);
+    }
+    registry.put_manifest("multi", "deep", OCI_INDEX, &index(&[deep]));
+    let error = refused(&place, &format!("{}/multi:deep", registry.address)).await;
+    assert!(matches!(error, PullError::Manifest(ManifestError::IndexDepth(_))), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_image_that_is_not_what_its_index_says() {
+    let (registry, entries) = multi(&["linux/arm64"]);
+    let mut liar = entries[0].clone();
+    liar["platform"]["architecture"] = json!("amd64");
+    registry.put_manifest("multi", "liar", OCI_INDEX, &index(&[liar]));
+    let place = Place::new().await;
+    let error = refused(&place, &format!("{}/multi:liar", registry.address)).await;
+    let is_right = matches!(
+        &error,
+        PullError::Manifest(ManifestError::Config(ConfigError::Platform { found, wanted }))
+            if *found == platform("linux/arm64") && *wanted == platform("linux/amd64")
+    );
+    assert!(is_right, "{error:?}");
+    let layer = Digest::of(&content("linux/arm64").blob);
+    assert!(!place.store.root().join("blobs/sha256").join(layer.hex()).exists(), "its layers were not worth fetching");
+}
+
+#[tokio::test]
+async fn pins_by_digest_with_and_without_a_tag() {
+    let (registry, entries) = multi(&["linux/arm64", "linux/amd64"]);
+    let whole = Digest::of(&index(&entries));
+    let image: Digest = entries[1]["digest"].as_str().unwrap().parse().unwrap();
+    let place = Place::new().await;
+    let names = [format!("multi@{whole}"), format!("multi:1@{whole}"), format!("multi:other@{image}")];
+    let builder =
+        |name: &str| Image::builder(format!("{}/{name}", registry.address)).store(place.store.clone()).retries(0);
+    for name in &names {
+        assert_eq!(*builder(name).pull().await.unwrap().digest(), image, "{name}");
+    }
+    let unknown = format!("multi:1@{}", Digest::of(b"nothing"));
+    assert!(matches!(builder(&unknown).pull().await, Err(PullError::UnknownImage { .. })));
+    let address = registry.address.clone();
+    drop(registry);
+    // The last one was never pulled under that name.
+    for name in names.iter().chain([&format!("elsewhere@{image}")]) {
+        let again = Image::builder(format!("{address}/{name}")).store(place.store.clone());
+        assert_eq!(*again.policy(PullPolicy::Missing).pull().await.unwrap().digest(), image, "{name}");
     }
 }
 
-async fn pull_from(fault: Fault, pinned: bool) -> (Place, PullError) {
-    let layout = Layout::new();
-    let manifest = layout.manifest(&layers());
-    let digest: Digest = manifest["digest"].as_str().unwrap().parse().unwrap();
-    let address = serve(&layout, digest, fault).await;
-    let name = if pinned { format!("{address}/app@{digest}") } else { format!("{address}/app:1") };
+#[tokio::test]
+async fn what_is_lost_in_the_store_needs_the_registry() {
+    let registry = Registry::open();
+    registry.push(Layout::of(&layers()).folder.path(), "latest", "app:1", &[]);
     let place = Place::new().await;
-    let pull = Image::builder(name).store(place.store.clone()).step_timeout(Duration::from_millis(500)).pull();
-    let error = pull.await.expect_err("the pull must fail");
-    (place, error)
+    let builder = || Image::builder(format!("{}/app:1", registry.address)).store(place.store.clone()).retries(0);
+    let image = builder().pull().await.unwrap();
+    let blobs = place.store.root().join("blobs/sha256");
+    let (config, manifest) = {
+        let manifest = fs::read(blobs.join(image.digest().hex())).unwrap();
+        let parsed: Value = serde_json::from_slice(&manifest).unwrap();
+        let config: Digest = parsed["config"]["digest"].as_str().unwrap().parse().unwrap();
+        (config, *image.digest())
+    };
+    let lost = [*image.layers()[1].digest(), config, manifest];
+    for digest in lost {
+        fs::remove_file(blobs.join(digest.hex())).unwrap();
+        let error = builder().policy(PullPolicy::Never).pull().await.unwrap_err();
+        assert!(matches!(error, PullError::Incomplete { .. }), "{error:?}");
+        assert_eq!(builder().policy(PullPolicy::Missing).pull().await.unwrap().digest(), image.digest());
+        assert!(blobs.join(digest.hex()).exists());
+    }
+    // A configuration of the right size and the wrong content.
+    fs::write(blobs.join(config.hex()), vec![b' '; fs::read(blobs.join(config.hex())).unwrap().len()]).unwrap();
+    let error = builder().policy(PullPolicy::Never).pull().await.unwrap_err();
+    assert!(matches!(error, PullError::Incomplete { .. }), "{error:?}");
+    builder().policy(PullPolicy::Missing).pull().await.unwrap();
+    fs::remove_file(blobs.join(lost[0].hex())).unwrap();
+    let address = registry.address.clone();
+    let builder = || Image::builder(format!("{address}/app:1")).store(place.store.clone()).retries(0);
+    drop(registry);
+    for policy in [PullPolicy::Always, PullPolicy::Missing] {
+        let error = builder().policy(policy).pull().await.unwrap_err();
+        assert!(matches!(error, PullError::Network { .. }), "{error:?}");
+    }
+    let error = builder().policy(PullPolicy::Never).pull().await.unwrap_err();
+    assert!(matches!(error, PullError::Incomplete { .. }), "{error:?}");
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks() {
-    let (place, error) = pull_from(Fault::Break, false).await;
-    assert!(matches!(error, PullError::Network { .. }), "{error:?}");
-    assert_eq!(place.debris(), [""; 0]);
-}
-
-#[tokio::test]
-async fn a_registry_that_goes_silent() {
-    let (place, error) = pull_from(Fault::Stall, false).await;
-    // Whichever of the two equal deadlines is noticed first: the transport's or the step's.
-    assert!(matches!(error, PullError::Timeout { .. } | PullError::Network { .. }), "{error:?}");
-    assert_eq!(place.debris(), [""; 0]);
-}
-
-#[tokio::test]
-async fn a_registry_that_is_unavailable() {
-    let (place, error) = pull_from(Fault::Unavailable, false).await;
-    assert!(matches!(error, PullError::Registry { .. }), "{error:?}");
-    assert_eq!(place.debris(), [""; 0]);
-}
-
-#[tokio::test]
-async fn a_pinned_manifest_that_is_another() {
-    let (place, error) = pull_from(Fault::WrongManifest, true).await;
-    assert!(matches!(error, PullError::DigestMismatch { .. }), "{error:?}");
-    assert_eq!(place.debris(), [""; 0]);
-}
-
-#[test]
-fn a_dropped_pull_leaves_nothing_half_written() {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let place = runtime.block_on(async {
-        let layout = Layout::new();
-        let manifest = layout.manifest(&layers());
-        let digest: Digest = manifest["digest"].as_str().unwrap().parse().unwrap();
-        let address = serve(&layout, digest, Fault::Stall).await;
-        let place = Place::new().await;
-        let pull = Image::builder(format!("{address}/app:1")).store(place.store.clone()).pull();
-        let abandoned = tokio::time::timeout(Duration::from_millis(300), pull).await;
-        assert!(abandoned.is_err(), "the server never finishes a blob: {abandoned:?}");
-        place
-    });
-    // Waits for the file work that was under way.
-    drop(runtime);
-    assert_eq!(place.debris(), [""; 0]);
+async fn layers_that_are_here_are_reported_as_arrived() {
+    let registry = Registry::open();
+    registry.push(Layout::of(&layers()).folder.path(), "latest", "app:1", &[]);
+    let place = Place::new().await;
+    let reference = format!("{}/app:1", registry.address);
+    let image = pull(&place, &reference).await.unwrap();
+    let (progress, events) = Progress::channel();
+    Image::builder(&reference).store(place.store.clone()).progress(progress).pull().await.unwrap();
+    let events: Vec<_> = events.collect().await;
+    let layers: Vec<_> = image.layers().iter().map(|layer| (*layer.digest(), layer.size())).collect();
+    assert_eq!(events[0], ProgressEvent::Resolving { reference });
+    assert_eq!(events[1], ProgressEvent::Resolved { image: *image.digest(), layers: layers.clone() });
+    for (layer, size) in layers {
+        assert!(events[2..].contains(&ProgressEvent::Fetching { layer, done: size, total: size }), "{events:?}");
+    }
+    assert_eq!(events.len(), 4);
 }

@@ -7,11 +7,17 @@ use crate::image::customize::ImageChanges;
 use crate::image::customize::ImageFile;
 use crate::image::customize::customize;
 use crate::image::error::PullError;
+use crate::image::manifest::Manifest;
+use crate::image::platform::Platform;
 use crate::image::progress::Progress;
-use crate::image::progress::ProgressEvent;
 use crate::image::reference::Reference;
 use crate::image::registry;
+use crate::image::registry::Credentials;
+use crate::image::registry::DockerConfig;
+use crate::image::registry::Mirror;
+use crate::image::registry::PullOptions;
 use crate::image::registry::RegistryAuth;
+use crate::image::registry::RegistryTransport;
 use crate::image::store::ImageStore;
 use crate::image::store::run_blocking;
 
@@ -22,15 +28,22 @@ pub enum PullPolicy {
     /// Always resolve the reference at the registry; fetch the blobs that are missing.
     #[default]
     Always,
-    /// Ask the registry only if the store does not hold the whole image.
+    /// Ask the registry only if the store does not hold the whole image, and fetch only what it lacks.
     Missing,
-    /// Never use the network.
+    /// Never use the network. An image that the store does not know is [`PullError::UnknownImage`], one of which it has
+    /// lost a part [`PullError::Incomplete`].
     Never,
 }
 
 /// How long the registry may take for one step: to connect, to answer a request, to send the next
 /// part of a blob. Generous for a slow link, short enough that nobody takes a dead one for alive.
 const DEFAULT_STEP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Enough for an outage of some seconds.
+const DEFAULT_RETRIES: u32 = 4;
+
+/// As Docker does: more only share the same link.
+const DEFAULT_PARALLEL_BLOBS: usize = 3;
 
 /// Describes a pull; made by [`Image::builder`].
 ///
@@ -49,10 +62,8 @@ const DEFAULT_STEP_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct OciImageBuilder {
     reference: String,
     store: Option<ImageStore>,
-    auth: RegistryAuth,
     policy: PullPolicy,
-    step_timeout: Duration,
-    progress: Progress,
+    options: PullOptions,
     name: Option<String>,
     changes: ImageChanges,
 }
@@ -62,10 +73,17 @@ impl OciImageBuilder {
         Self {
             reference,
             store: None,
-            auth: RegistryAuth::Anonymous,
             policy: PullPolicy::Always,
-            step_timeout: DEFAULT_STEP_TIMEOUT,
-            progress: Progress::default(),
+            options: PullOptions {
+                credentials: Credentials::Docker(DockerConfig::user()),
+                platform: Platform::default(),
+                transport: RegistryTransport::Auto,
+                mirrors: Vec::new(),
+                retries: DEFAULT_RETRIES,
+                parallel_blobs: DEFAULT_PARALLEL_BLOBS,
+                step_timeout: DEFAULT_STEP_TIMEOUT,
+                progress: Progress::default(),
+            },
             name: None,
             changes: ImageChanges::new(),
         }
@@ -77,9 +95,67 @@ impl OciImageBuilder {
         self
     }
 
-    /// Credentials for the registry; by default none.
+    /// Credentials for the registry of the reference, in place of those in a Docker configuration; mirrors are not shown
+    /// them. [`RegistryAuth::Anonymous`] is nobody, whatever a configuration says.
     pub fn auth(mut self, auth: RegistryAuth) -> Self {
-        self.auth = auth;
+        self.options.credentials = Credentials::Given(auth);
+        self
+    }
+
+    /// The Docker configuration to take credentials from, for the registry and for mirrors, in place of
+    /// [`auth`](Self::auth); by default the user's, `~/.docker/config.json`.
+    ///
+    /// ```
+    /// use kiln::image::{DockerConfig, Image};
+    /// let builder = Image::builder("registry.example/app").docker_config("/etc/ci/docker.json");
+    /// # drop(builder);
+    /// ```
+    pub fn docker_config(mut self, config: impl Into<DockerConfig>) -> Self {
+        self.options.credentials = Credentials::Docker(config.into());
+        self
+    }
+
+    /// Which of an index's images to pull; by default the one that guests can run, `linux/amd64`.
+    ///
+    /// Images for others can be pulled and kept, not started.
+    pub fn platform(mut self, platform: Platform) -> Self {
+        self.options.platform = platform;
+        self
+    }
+
+    /// How to speak to the registry of the reference; by default HTTPS, and plain HTTP to this machine.
+    ///
+    /// ```
+    /// use kiln::image::{Image, RegistryTransport, Tls};
+    /// let plain = Image::builder("10.0.0.7:5000/app").transport(RegistryTransport::PlainHttp);
+    /// let tls = Image::builder("localhost:5000/app").transport(Tls::new());
+    /// # drop((plain, tls));
+    /// ```
+    pub fn transport(mut self, transport: impl Into<RegistryTransport>) -> Self {
+        self.options.transport = transport.into();
+        self
+    }
+
+    /// A registry to ask before the one in the reference; several are asked in the order they are given in. One that
+    /// lacks the image or fails is passed over, with an event in the trace. A reference that pins a digest gets that
+    /// image, whoever has it; for a tag, a mirror is believed.
+    pub fn mirror(mut self, mirror: impl Into<Mirror>) -> Self {
+        self.options.mirrors.push(mirror.into());
+        self
+    }
+
+    /// How often a request is tried again that failed for a reason that may pass: the network, a timeout, too many
+    /// requests (429), a failure of the server (5xx); by default 4 times, after pauses that grow from a quarter of a
+    /// second to 8 seconds. Of a blob that breaks off, only the rest is asked for, and the count starts anew after each
+    /// MiB. Which pause a registry asks for (`Retry-After`) is not heard. A mirror is tried again once at most.
+    pub const fn retries(mut self, retries: u32) -> Self {
+        self.options.retries = retries;
+        self
+    }
+
+    /// How many blobs are fetched at once, at least one; by default 3.
+    pub const fn parallel_blobs(mut self, limit: usize) -> Self {
+        self.options.parallel_blobs = limit;
         self
     }
 
@@ -92,13 +168,13 @@ impl OciImageBuilder {
     /// How long the registry may take to connect, to answer, and to send each next part of a blob;
     /// by default 30 seconds. A blob as a whole must also arrive faster than 32 KiB/s on average.
     pub const fn step_timeout(mut self, limit: Duration) -> Self {
-        self.step_timeout = limit;
+        self.options.step_timeout = limit;
         self
     }
 
     /// Whom to report to; by default nobody.
     pub fn progress(mut self, progress: Progress) -> Self {
-        self.progress = progress;
+        self.options.progress = progress;
         self
     }
 
@@ -174,7 +250,7 @@ impl OciImageBuilder {
         run_blocking(move || {
             let image = if changes.is_empty() { image } else { customize(&store, &image, &changes)? };
             if let Some(name) = name {
-                store.remember(&name, image.digest())?;
+                store.remember(&name, &image.config().platform, image.digest())?;
             }
             Ok(image)
         })
@@ -184,26 +260,47 @@ impl OciImageBuilder {
     /// The image as its author made it.
     async fn base(&self, store: &ImageStore, reference: &Reference) -> Result<Image, PullError> {
         if self.policy != PullPolicy::Always {
-            if let Some(image) = recall(store, reference).await? {
-                return Ok(image);
-            }
-            if self.policy == PullPolicy::Never {
-                return Err(PullError::UnknownImage { reference: reference.to_string() });
+            match (recall(store, reference, &self.options.platform).await?, self.policy) {
+                (Recalled::Whole(image), _) => return Ok(image),
+                (Recalled::Unknown, PullPolicy::Never) => {
+                    return Err(PullError::UnknownImage { reference: reference.to_string() });
+                }
+                (Recalled::Incomplete, PullPolicy::Never) => {
+                    return Err(PullError::Incomplete { reference: reference.to_string() });
+                }
+                _ => {}
             }
         }
-        self.progress.send(ProgressEvent::Resolving { reference: reference.to_string() });
-        let image = registry::pull(store, reference, &self.auth, self.step_timeout).await?;
+        let image = registry::pull(store, reference, &self.options).await?;
         let (store, reference, digest) = (store.clone(), reference.clone(), *image.digest());
-        run_blocking(move || store.remember(&reference, &digest)).await?;
+        let platform = self.options.platform.clone();
+        run_blocking(move || store.remember(&reference, &platform, &digest)).await?;
         Ok(image)
     }
 }
 
-async fn recall(store: &ImageStore, reference: &Reference) -> Result<Option<Image>, PullError> {
-    let (store, reference) = (store.clone(), reference.clone());
-    run_blocking(move || match store.recall(&reference) {
-        Some(digest) => Ok(store.load(&digest)?),
-        None => Ok(None),
+/// What the store knows of a reference.
+enum Recalled {
+    Whole(Image),
+    /// Which image it is, and not all of it.
+    Incomplete,
+    Unknown,
+}
+
+async fn recall(store: &ImageStore, reference: &Reference, platform: &Platform) -> Result<Recalled, PullError> {
+    let (store, reference, platform) = (store.clone(), reference.clone(), platform.clone());
+    run_blocking(move || {
+        // A digest says itself which image it is, by whatever name that was pulled, unless it is an index's.
+        let candidates = [store.recall(&reference, &platform), reference.digest().copied()];
+        let mut known = candidates[0].is_some();
+        for digest in candidates.into_iter().flatten() {
+            match store.load(&digest)? {
+                Some(image) if image.config().require(&platform).is_ok() => return Ok(Recalled::Whole(image)),
+                Some(_) => {}
+                None => known |= store.read_small(&digest, Manifest::MAX_SIZE)?.is_some(),
+            }
+        }
+        Ok(if known { Recalled::Incomplete } else { Recalled::Unknown })
     })
     .await
 }

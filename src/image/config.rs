@@ -7,6 +7,7 @@ use serde::Deserializer;
 use serde::Serialize;
 
 use crate::image::digest::Digest;
+use crate::image::platform::Platform;
 
 /// The label by which an image says what its guests are called: the specification has no field for it, and the one that
 /// Docker writes into configurations is the name of the container that the image was built in.
@@ -17,6 +18,9 @@ const MAX_STRING: usize = 128 << 10;
 
 /// All arguments and environment together: the kernel's default limit (a quarter of an 8 MiB stack).
 const MAX_STRINGS_TOTAL: usize = 2 << 20;
+
+/// Longest name of a system, processor or variant; real ones have a dozen letters.
+const MAX_PLATFORM_NAME: usize = 64;
 
 /// What the image's author configured. Every field may be empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub struct ImageConfig {
     pub exposed_ports: Vec<String>,
     /// `LABEL`.
     pub labels: BTreeMap<String, String>,
+    /// The system and processor that the image is made for.
+    pub platform: Platform,
 }
 
 /// Why a configuration was not accepted.
@@ -48,12 +54,12 @@ pub enum ConfigError {
     #[error("configuration is not valid json of the expected form")]
     Json(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The image is made for another processor or system.
-    #[error("image is for {os}/{architecture}, not linux/amd64")]
+    #[error("image is for {found}, not {wanted}")]
     Platform {
-        /// The system.
-        os: String,
-        /// The processor.
-        architecture: String,
+        /// What its configuration says.
+        found: Platform,
+        /// What was asked for.
+        wanted: Platform,
     },
     /// A text contains a NUL byte, which no process can receive.
     #[error("{field} contains a nul byte")]
@@ -77,6 +83,8 @@ struct RawDocument {
     architecture: String,
     #[serde(default, deserialize_with = "null_as_default")]
     os: String,
+    #[serde(default, deserialize_with = "null_as_default")]
+    variant: String,
     #[serde(default, deserialize_with = "null_as_default")]
     config: RawConfig,
     rootfs: RawRootfs,
@@ -145,10 +153,8 @@ impl ImageConfig {
     /// Parses a configuration; also returns the digests of the uncompressed layers, lowest first.
     pub(super) fn parse(bytes: &[u8]) -> Result<(Self, Vec<Digest>), ConfigError> {
         let raw: RawDocument = serde_json::from_slice(bytes).map_err(|error| ConfigError::Json(error.into()))?;
-        if raw.os != "linux" || raw.architecture != "amd64" {
-            return Err(ConfigError::Platform { os: raw.os, architecture: raw.architecture });
-        }
         let some = |text: String| (!text.is_empty()).then_some(text);
+        let platform = Platform { architecture: raw.architecture, os: raw.os, variant: some(raw.variant) };
         let config = Self {
             entrypoint: raw.config.entrypoint,
             cmd: raw.config.cmd,
@@ -158,12 +164,29 @@ impl ImageConfig {
             stop_signal: some(raw.config.stop_signal),
             exposed_ports: raw.config.exposed_ports.into_keys().collect(),
             labels: raw.config.labels,
+            platform,
         };
         config.check()?;
         Ok((config, raw.rootfs.diff_ids))
     }
 
+    /// Refuses an image for another system or processor than `wanted`. Which generation of the processor is the index's
+    /// to say: configurations leave it out, or name one that the image does not need.
+    pub(super) fn require(&self, wanted: &Platform) -> Result<(), ConfigError> {
+        let found = &self.platform;
+        if found.os == wanted.os && found.architecture == wanted.architecture {
+            return Ok(());
+        }
+        Err(ConfigError::Platform { found: found.clone(), wanted: wanted.clone() })
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
+        let names = [("architecture", &self.platform.architecture), ("os", &self.platform.os)];
+        for (field, name) in names.into_iter().chain(self.platform.variant.as_ref().map(|name| ("variant", name))) {
+            if name.len() > MAX_PLATFORM_NAME {
+                return Err(ConfigError::TooLong { field, limit: MAX_PLATFORM_NAME });
+            }
+        }
         let lists = [("entrypoint", &self.entrypoint), ("cmd", &self.cmd), ("env", &self.env)];
         let single = [("working dir", &self.working_dir), ("user", &self.user), ("stop signal", &self.stop_signal)];
         let mut total = 0_usize;
@@ -190,6 +213,8 @@ impl ImageConfig {
         struct Document<'a> {
             architecture: &'a str,
             os: &'a str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            variant: Option<&'a str>,
             config: Config<'a>,
             rootfs: Rootfs<'a>,
         }
@@ -223,7 +248,8 @@ impl ImageConfig {
             labels: &self.labels,
         };
         let rootfs = Rootfs { r#type: "layers", diff_ids };
-        let document = Document { architecture: "amd64", os: "linux", config, rootfs };
+        let Platform { architecture, os, variant } = &self.platform;
+        let document = Document { architecture, os, variant: variant.as_deref(), config, rootfs };
         serde_json::to_vec(&document).expect("texts and maps with text keys always serialise")
     }
 }
@@ -263,7 +289,11 @@ mod tests {
     #[test]
     fn another_platform_is_refused() {
         let document = br#"{"architecture":"arm64","os":"linux","rootfs":{"diff_ids":[]}}"#;
-        assert!(matches!(ImageConfig::parse(document), Err(ConfigError::Platform { .. })));
+        let (config, _) = ImageConfig::parse(document).unwrap();
+        let wanted = |text: &str| config.require(&text.parse().unwrap());
+        assert!(matches!(wanted("linux/amd64"), Err(ConfigError::Platform { .. })));
+        wanted("linux/arm64").unwrap();
+        wanted("linux/arm64/v8").unwrap();
     }
 
     proptest! {

@@ -8,7 +8,9 @@ use std::time::Duration;
 use crate::image::config::ConfigError;
 use crate::image::customize::CustomizeError;
 use crate::image::digest::Digest;
+use crate::image::platform::Platform;
 use crate::image::reference::ReferenceError;
+use crate::image::registry::CredentialsError;
 use crate::image::store::BlobError;
 use crate::image::store::StoreError;
 
@@ -52,15 +54,33 @@ pub enum ManifestError {
         /// `diff_ids` of the configuration.
         config: usize,
     },
-    /// The image is made for another processor or system.
-    #[error("no image for linux/amd64")]
-    NoPlatform,
+    /// The image is made for other processors or systems.
+    #[error("no image for {wanted}, only for {}", platforms(available))]
+    NoPlatform {
+        /// What was asked for.
+        wanted: Platform,
+        /// What there is; the first few.
+        available: Vec<Platform>,
+    },
+    /// More nested indexes than any real image has.
+    #[error("the image's index leads to more than {limit} others")]
+    TooManyIndexes {
+        /// How many are looked into.
+        limit: usize,
+    },
     /// The configuration is not acceptable.
     #[error("image configuration is not valid")]
     Config(#[from] ConfigError),
     /// The store failed.
     #[error("the image store failed")]
     Store(#[from] StoreError),
+}
+
+fn platforms(platforms: &[Platform]) -> String {
+    if platforms.is_empty() {
+        return "none that is named".to_owned();
+    }
+    platforms.iter().map(Platform::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Why a pull failed. Whatever the reason, nothing half-written is left in the store.
@@ -78,8 +98,10 @@ pub enum PullError {
         reference: String,
     },
     /// The registry wants (other) credentials.
-    #[error("not authorized to pull {reference}")]
+    #[error("{registry} does not authorize us to pull {reference}")]
     Unauthorized {
+        /// The host that refuses.
+        registry: String,
         /// The reference.
         reference: String,
     },
@@ -114,9 +136,11 @@ pub enum PullError {
     /// The manifest or configuration cannot be used.
     #[error("the image cannot be used")]
     Manifest(#[source] ManifestError),
-    /// The registry answered outside the protocol or with a server error.
-    #[error("the registry's answer for {what} cannot be used")]
+    /// The registry answered outside the protocol, or refuses.
+    #[error("{registry}'s answer for {what} cannot be used")]
     Registry {
+        /// The host.
+        registry: String,
         /// What was asked for.
         what: String,
         /// The answer.
@@ -128,8 +152,10 @@ pub enum PullError {
     #[error("no http client can be set up; are ca certificates installed?")]
     HttpClient(#[source] Box<dyn Error + Send + Sync>),
     /// The connection failed or broke.
-    #[error("connection to the registry failed while fetching {what}")]
+    #[error("connection to {registry} failed while fetching {what}")]
     Network {
+        /// The host.
+        registry: String,
         /// What was being fetched.
         what: String,
         /// What the network said.
@@ -137,8 +163,10 @@ pub enum PullError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// The registry went silent or was too slow.
-    #[error("the registry took more than {limit:?} for {what}")]
+    #[error("{registry} took more than {limit:?} for {what}")]
     Timeout {
+        /// The host.
+        registry: String,
         /// What was being fetched.
         what: String,
         /// The deadline it missed.
@@ -150,6 +178,48 @@ pub enum PullError {
     /// The store failed.
     #[error("the image store failed")]
     Store(#[from] StoreError),
+    /// With [`PullPolicy::Never`](crate::image::PullPolicy::Never): the store knows the image and has lost a part of it.
+    #[error("the store lacks a part of {reference}, and the network is not to be used")]
+    Incomplete {
+        /// The reference.
+        reference: String,
+    },
+    /// The registry wants us to come back later, and said so as often as we may ask.
+    #[error("{registry} limits how often it may be asked, and did so for {what}")]
+    RateLimited {
+        /// The host.
+        registry: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// The registry has a trouble of its own, and had it as often as we may ask.
+    #[error("{registry} failed with status {status} for {what}")]
+    Server {
+        /// The host.
+        registry: String,
+        /// What was asked for.
+        what: String,
+        /// The HTTP status, 500 to 599.
+        status: u16,
+    },
+    /// The registry's certificate is not one that is trusted. If it is the right one, name the authority that made it with
+    /// [`Tls::ca_certificate`](crate::image::Tls::ca_certificate).
+    #[error(
+        "the certificate of {registry} is not trusted; name its authority with `Tls::ca_certificate` if it should be"
+    )]
+    Certificate {
+        /// The host.
+        registry: String,
+        /// What is wrong with it.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// What was given to [`Tls::ca_certificate`](crate::image::Tls::ca_certificate) is not a certificate.
+    #[error("the certificate of an authority is not valid")]
+    CaCertificate(#[source] Box<dyn Error + Send + Sync>),
+    /// The user's credentials could not be read.
+    #[error("the credentials for the registry cannot be read")]
+    Credentials(#[from] CredentialsError),
 }
 
 impl From<CustomizeError> for PullError {

@@ -18,11 +18,13 @@ use crate::image::config::ImageConfig;
 use crate::image::digest::Digest;
 use crate::image::error::LayoutError;
 use crate::image::error::ManifestError;
+use crate::image::index_search::IndexSearch;
+use crate::image::index_search::leads_to;
 use crate::image::manifest::Descriptor;
 use crate::image::manifest::Index;
-use crate::image::manifest::MAX_INDEX_DEPTH;
 use crate::image::manifest::Manifest;
 use crate::image::manifest::Resolved;
+use crate::image::platform::Platform;
 use crate::image::store::ExpectedBlob;
 use crate::image::store::ImageStore;
 use crate::image::store::run_blocking;
@@ -44,7 +46,9 @@ pub(super) async fn import(store: &ImageStore, folder: &Path, tag: Option<&str>)
         let (store, layout, layer) = (store.clone(), layout.clone(), layer.clone());
         run_blocking(move || layout.copy_layer(&store, index, &layer)).await?;
     }
-    Ok(store.assemble(digest, &manifest, &config)?)
+    let image = store.assemble(digest, &manifest, &config)?;
+    image.config().require(&Platform::default()).map_err(ManifestError::from)?;
+    Ok(image)
 }
 
 #[derive(Clone)]
@@ -56,18 +60,18 @@ impl Layout {
     /// Follows the tag through indexes to an image manifest; both end up in the store.
     fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest), LayoutError> {
         self.check_version()?;
-        let mut descriptor = self.entry(tag)?;
-        for _ in 0..=MAX_INDEX_DEPTH {
+        let mut search = IndexSearch::new(self.entry(tag)?, Platform::default());
+        loop {
+            let descriptor = search.next()?;
             let bytes = self.read_blob("manifest", &descriptor, Manifest::MAX_SIZE)?;
             match Resolved::parse(&bytes)? {
                 Resolved::Image(manifest) => {
                     store.put_small(&descriptor.digest, &bytes)?;
                     return Ok((descriptor.digest, manifest));
                 }
-                Resolved::Index(index) => descriptor = index.choose()?.clone(),
+                Resolved::Index(index) => search.index(&index)?,
             }
         }
-        Err(ManifestError::IndexDepth(MAX_INDEX_DEPTH).into())
     }
 
     fn check_version(&self) -> Result<(), LayoutError> {
@@ -153,15 +157,16 @@ impl Layout {
 }
 
 fn select<'a>(index: &'a Index, tag: Option<&str>) -> Result<&'a Descriptor, LayoutError> {
+    let wanted = Platform::default();
+    let mut candidates = index.manifests.iter().filter(|entry| leads_to(entry, &wanted));
     if let Some(tag) = tag {
-        let found = index.candidates().find(|entry| entry.ref_name() == Some(tag));
+        let found = candidates.find(|entry| entry.ref_name() == Some(tag));
         return found.ok_or_else(|| LayoutError::UnknownImage { tag: tag.to_owned() });
     }
-    let mut candidates = index.candidates();
     match (candidates.next(), candidates.count()) {
         (Some(only), 0) => Ok(only),
         (Some(_), more) => Err(LayoutError::Ambiguous { count: more + 1 }),
-        (None, _) => Err(ManifestError::NoPlatform.into()),
+        (None, _) => Err(IndexSearch::nothing(index, wanted).into()),
     }
 }
 

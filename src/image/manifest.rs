@@ -37,9 +37,6 @@ const MAX_LAYERS: usize = 512;
 /// All layers as transported, in bytes: as much as an image may have after decompression.
 const MAX_LAYER_BYTES: u64 = 64 << 30;
 
-/// How many indexes may lead to one another. Attestations nest one deep; more is a loop in disguise.
-pub(super) const MAX_INDEX_DEPTH: usize = 3;
-
 /// A pointer to a blob.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Descriptor {
@@ -85,32 +82,10 @@ impl Manifest {
     }
 }
 
-/// Whether the guest, a baseline x86-64, can run it.
-fn is_guest(platform: &Platform) -> bool {
-    platform.serves(&Platform::default())
-}
-
 /// An index of manifests.
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Index {
     pub(super) manifests: Vec<Descriptor>,
-}
-
-impl Index {
-    /// The entry for the guest's platform; one without a platform only if there is no other choice.
-    pub(super) fn choose(&self) -> Result<&Descriptor, ManifestError> {
-        let exact = self.manifests.iter().find(|entry| entry.platform.as_ref().is_some_and(is_guest));
-        let unnamed = || match self.manifests.as_slice() {
-            [only] if only.platform.is_none() => Some(only),
-            _ => None,
-        };
-        exact.or_else(unnamed).ok_or(ManifestError::NoPlatform)
-    }
-
-    /// The entries that may lead to an image for the guest.
-    pub(super) fn candidates(&self) -> impl Iterator<Item = &Descriptor> {
-        self.manifests.iter().filter(|entry| entry.platform.as_ref().is_none_or(is_guest))
-    }
 }
 
 /// What a digest or tag leads to.
@@ -161,13 +136,6 @@ mod tests {
         {"mediaType":"application/vnd.docker.image.rootfs.diff.tar.gzip","size":9,
         "digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}]}"#;
 
-    fn entry(architecture: &str, variant: Option<&str>) -> Descriptor {
-        let platform =
-            Platform { architecture: architecture.into(), os: "linux".into(), variant: variant.map(Into::into) };
-        let digest = Digest::of(format!("{architecture}{variant:?}").as_bytes());
-        Descriptor { media_type: String::new(), digest, size: 1, platform: Some(platform), annotations: None }
-    }
-
     #[test]
     fn a_manifest_without_a_media_type_is_told_from_an_index_by_its_fields() {
         assert!(matches!(Resolved::parse(EXAMPLE.as_bytes()), Ok(Resolved::Image(_))));
@@ -175,14 +143,6 @@ mod tests {
         assert!(matches!(Resolved::parse(index), Ok(Resolved::Index(_))));
         let old = br#"{"schemaVersion":1,"fsLayers":[]}"#;
         assert!(matches!(Resolved::parse(old), Err(ManifestError::SchemaVersion(1))));
-    }
-
-    #[test]
-    fn the_baseline_processor_is_chosen_among_its_levels() {
-        let index = Index { manifests: vec![entry("arm64", None), entry("amd64", Some("v3")), entry("amd64", None)] };
-        assert_eq!(index.choose().unwrap().digest, entry("amd64", None).digest);
-        let index = Index { manifests: vec![entry("amd64", Some("v3"))] };
-        assert!(matches!(index.choose(), Err(ManifestError::NoPlatform)));
     }
 
     proptest! {

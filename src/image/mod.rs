@@ -21,6 +21,7 @@ mod config;
 mod customize;
 mod digest;
 mod error;
+mod index_search;
 mod layout;
 mod layout_writer;
 mod manifest;
@@ -57,7 +58,13 @@ pub use progress::ProgressEvent;
 pub use progress::ProgressEvents;
 pub use reference::Reference;
 pub use reference::ReferenceError;
+pub use registry::CredentialsError;
+pub use registry::DockerConfig;
+pub use registry::HelperError;
+pub use registry::Mirror;
 pub use registry::RegistryAuth;
+pub use registry::RegistryTransport;
+pub use registry::Tls;
 pub use store::BlobError;
 pub use store::ImageStore;
 pub use store::StoreError;
@@ -111,10 +118,10 @@ impl Image {
         Self { inner: Arc::new(Inner { digest, config, layers, store }) }
     }
 
-    /// Pulls `reference` anonymously into the user's store and returns the verified image.
+    /// Pulls `reference` into the user's store and returns the verified image.
     ///
-    /// Blobs already in the store are not fetched again. For credentials, another store or another
-    /// policy see [`Image::builder`].
+    /// Blobs already in the store are not fetched again. Credentials are those of the user's Docker configuration. For
+    /// others, another store or another policy see [`Image::builder`].
     ///
     /// # Errors
     ///

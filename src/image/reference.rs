@@ -73,25 +73,24 @@ impl Reference {
         self.digest.as_ref()
     }
 
-    /// Whether the registry is this machine, spoken to by plain HTTP.
+    /// Whether the registry is this machine, spoken to by plain HTTP unless told otherwise.
     #[must_use]
     pub fn is_loopback(&self) -> bool {
-        let registry = self.registry();
-        let host = match registry.strip_prefix('[') {
-            Some(rest) => rest.split(']').next().unwrap_or(rest),
-            None => registry.split(':').next().unwrap_or(registry),
-        };
-        host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        is_loopback(self.registry())
     }
 
     pub(super) const fn as_oci(&self) -> &oci_client::Reference {
         &self.inner
     }
+}
 
-    /// The same repository, at exactly `digest`.
-    pub(super) fn pinned(&self, digest: &Digest) -> oci_client::Reference {
-        oci_client::Reference::with_digest(self.registry().to_owned(), self.repository().to_owned(), digest.to_string())
-    }
+/// Whether a host, with or without a port, is this machine.
+pub(super) fn is_loopback(registry: &str) -> bool {
+    let host = match registry.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(rest),
+        None => registry.split(':').next().unwrap_or(registry),
+    };
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 impl FromStr for Reference {
@@ -128,20 +127,20 @@ mod tests {
 
     use super::*;
 
-    fn is_loopback(text: &str) -> bool {
+    fn local(text: &str) -> bool {
         text.parse::<Reference>().unwrap().is_loopback()
     }
 
     #[test]
     fn only_this_machine_is_spoken_to_in_plain_http() {
-        assert!(is_loopback("localhost:5000/x"));
-        assert!(is_loopback("localhost/x"));
-        assert!(is_loopback("127.0.0.1:5000/x"));
-        assert!(is_loopback("127.9.9.9/x"));
-        assert!(!is_loopback("localhost.example:5000/x"));
-        assert!(!is_loopback("127.0.0.1.example/x"));
-        assert!(!is_loopback("10.0.0.1:5000/x"));
-        assert!(!is_loopback("x/localhost"));
+        assert!(local("localhost:5000/x"));
+        assert!(local("localhost/x"));
+        assert!(local("127.0.0.1:5000/x"));
+        assert!(local("127.9.9.9/x"));
+        assert!(!local("localhost.example:5000/x"));
+        assert!(!local("127.0.0.1.example/x"));
+        assert!(!local("10.0.0.1:5000/x"));
+        assert!(!local("x/localhost"));
     }
 
     #[test]

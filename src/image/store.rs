@@ -4,7 +4,7 @@
 //! <store>/blobs/sha256/<hex>          a blob; its content had this digest when it was written
 //! <store>/blobs/sha256/.tmp-<random>  a blob being written (see `atomic_file`)
 //! <store>/derived/<hex>-<what>         made from layers: <hex> is a diff id or a chain id; see `rootfs`
-//! <store>/references/<hex>            what a reference resolved to; <hex> = sha256 of the reference
+//! <store>/references/<hex>            what a reference resolved to; <hex> = sha256 of the reference and platform
 //! ```
 //!
 //! A blob gets its name only after its digest and size have been checked and its bytes synced, so
@@ -34,6 +34,7 @@ use crate::image::error::ManifestError;
 use crate::image::layout;
 use crate::image::manifest::Manifest;
 use crate::image::manifest::Resolved;
+use crate::image::platform::Platform;
 use crate::image::reference::Reference;
 
 /// How many bytes are read or copied at once.
@@ -180,7 +181,8 @@ impl ImageStore {
     /// Dropping the future does not stop the writing; the reference means the old image or the new.
     pub async fn name(&self, reference: &Reference, image: &Image) -> Result<(), StoreError> {
         let (store, reference, digest) = (self.clone(), reference.clone(), *image.digest());
-        run_blocking(move || store.remember(&reference, &digest)).await
+        let platform = image.config().platform.clone();
+        run_blocking(move || store.remember(&reference, &platform, &digest)).await
     }
 
     fn blobs(&self) -> PathBuf {
@@ -293,19 +295,29 @@ impl ImageStore {
         }
     }
 
-    /// Remembers what `reference` resolved to. Blocking.
-    pub(super) fn remember(&self, reference: &Reference, manifest: &Digest) -> Result<(), StoreError> {
-        let path = self.reference_path(reference);
+    /// Remembers what `reference` resolved to for `platform`. Blocking.
+    pub(super) fn remember(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        manifest: &Digest,
+    ) -> Result<(), StoreError> {
+        let path = self.reference_path(reference, platform);
         AtomicFile::write(&path, format!("{manifest}\n{reference}\n").as_bytes()).map_err(StoreError::io(&path))
     }
 
-    /// The image manifest `reference` last resolved to, if known. Blocking.
-    pub(super) fn recall(&self, reference: &Reference) -> Option<Digest> {
-        fs::read_to_string(self.reference_path(reference)).ok()?.lines().next()?.parse().ok()
+    /// The image manifest `reference` last resolved to for `platform`, if known. Blocking.
+    pub(super) fn recall(&self, reference: &Reference, platform: &Platform) -> Option<Digest> {
+        fs::read_to_string(self.reference_path(reference, platform)).ok()?.lines().next()?.parse().ok()
     }
 
-    fn reference_path(&self, reference: &Reference) -> PathBuf {
-        self.references().join(Digest::of(reference.to_string().as_bytes()).hex())
+    /// A reference means one image for each platform; the usual one goes without saying.
+    fn reference_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {
+        let mut name = reference.to_string();
+        if !platform.serves(&Platform::default()) {
+            name = format!("{name} {platform}");
+        }
+        self.references().join(Digest::of(name.as_bytes()).hex())
     }
 
     /// The image of a manifest, if every blob of it is here. Blocking.
@@ -356,6 +368,11 @@ impl BlobWriter {
         let file = AtomicFile::create(&folder).map_err(StoreError::io(&folder))?;
         let target = store.blob_path(&expected.digest);
         Ok(Self { file, target, expected, hasher: Sha256::new(), written: 0 })
+    }
+
+    /// How many bytes it has.
+    pub(super) const fn written(&self) -> u64 {
+        self.written
     }
 
     pub(super) fn write(mut self, bytes: &[u8]) -> Result<Self, BlobError> {

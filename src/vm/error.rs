@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::assets;
 use crate::exec::ExecError;
 use crate::hv::HvError;
+use crate::image::Platform;
 use crate::rootfs::RootfsError;
 use crate::vmm::MachineError;
 use crate::vmm::boot::ElfError;
@@ -53,6 +54,14 @@ pub enum StartError {
     /// The image's layers do not make a root filesystem.
     #[error("building the root filesystem")]
     Rootfs(#[from] RootfsError),
+    /// The image is made for a processor or system that no guest has.
+    #[error("the image is for {image}, guests are {guest}")]
+    Platform {
+        /// What the image is made for.
+        image: Platform,
+        /// What guests are.
+        guest: Platform,
+    },
     /// A setting that cannot be.
     #[error("invalid configuration: {0}")]
     Config(&'static str),

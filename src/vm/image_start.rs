@@ -5,6 +5,7 @@ use super::StartError;
 use super::Vm;
 use super::VmConfig;
 use crate::image::Image;
+use crate::image::Platform;
 use crate::rootfs;
 use crate::workload::signal_number;
 
@@ -31,6 +32,10 @@ impl Image {
     /// # Ok(()) }
     /// ```
     pub async fn start(&self, config: VmConfig) -> Result<Vm, StartError> {
+        let (image, guest) = (&self.config().platform, Platform::default());
+        if !image.serves(&guest) {
+            return Err(StartError::Platform { image: image.clone(), guest });
+        }
         let root = self.root(&config).await?;
         Vm::start(root, config).await
     }

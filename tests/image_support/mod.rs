@@ -20,7 +20,10 @@ use kiln::rootfs::RootfsError;
 use serde_json::Value;
 use serde_json::json;
 
+pub mod certificates;
+pub mod proxy;
 pub mod registry;
+pub mod tokens;
 
 /// A tar archive written field by field, so that it can say what no honest tool would.
 #[derive(Clone, Default)]

@@ -20,8 +20,16 @@ use crate::progress::Running;
 use crate::workspace;
 
 /// Programs that the tests run against or check with; nothing is skipped for want of one.
-const PACKAGES: &[&str] =
-    &["busybox-static", "ca-certificates", "debootstrap", "docker-registry", "erofs-utils", "skopeo", "umoci"];
+const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "ca-certificates",
+    "debootstrap",
+    "docker-registry",
+    "erofs-utils",
+    "openssl",
+    "skopeo",
+    "umoci",
+];
 
 /// Prepares and runs all tests of the workspace, documentation examples included.
 pub(crate) fn run() -> Result<()> {

@@ -1,0 +1,155 @@
+//! The exchange of an identity token for one that the registry takes (distribution, spec/auth/oauth.md).
+//!
+//! `oci-client` knows users and passwords only, so these two requests are made here.
+
+use std::time::Duration;
+
+use http_auth::ChallengeRef;
+use http_auth::parser::ChallengeParser;
+use reqwest::Client;
+use reqwest::Response;
+use reqwest::Url;
+use reqwest::header::CONTENT_TYPE;
+use reqwest::header::WWW_AUTHENTICATE;
+use serde::Deserialize;
+
+use crate::image::registry::failure::Asked;
+use crate::image::registry::failure::Cure;
+use crate::image::registry::failure::Failure;
+
+/// Longest answer of a token server, in bytes.
+const MAX_ANSWER: usize = 256 << 10;
+
+/// Who we are to token servers.
+const CLIENT_ID: &str = "kiln";
+
+/// Where tokens are to be had.
+#[derive(Debug, PartialEq, Eq)]
+struct Challenge {
+    realm: Url,
+    service: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Grant {
+    access_token: Option<String>,
+    token: Option<String>,
+}
+
+/// Exchanges `identity` for a token to read `repository`. `root` is the registry's address.
+pub(super) async fn exchange(
+    client: &Client,
+    asked: Asked<'_>,
+    root: &str,
+    repository: &str,
+    identity: &str,
+) -> Result<String, Failure> {
+    let broken = |reason: &'static str| Failure::new(asked.registry(reason), Cure::Nothing);
+    let root = Url::parse(root).map_err(|_| broken("its address is not valid"))?;
+    let answer = client.get(root.clone()).send().await.map_err(|error| asked.request(error))?;
+    if answer.status().is_server_error() || answer.status().as_u16() == 429 {
+        return Err(asked.status(answer.status().as_u16(), ""));
+    }
+    let challenges = answer.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+    let challenge = challenges.into_iter().find_map(Challenge::parse);
+    let challenge = challenge.ok_or_else(|| broken("it hands out no tokens, and so takes no identity token"))?;
+    // A registry that was reached safely must not make us send the secret in the clear.
+    if root.scheme() == "https" && challenge.realm.scheme() != "https" {
+        return Err(broken("its token server does not encrypt"));
+    }
+    let scope = format!("repository:{repository}:pull");
+    let mut form = vec![("grant_type", "refresh_token"), ("client_id", CLIENT_ID), ("scope", &scope)];
+    form.extend(challenge.service.as_deref().map(|service| ("service", service)));
+    form.push(("refresh_token", identity));
+    // A form has the encoding of an address's query.
+    let form = Url::parse_with_params("form:/", form).map_err(|_| broken("the request cannot be written"))?;
+    let request = client
+        .post(challenge.realm)
+        .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+        .body(form.query().unwrap_or_default().to_owned());
+    let answer = request.send().await.map_err(|error| asked.request(error))?;
+    match answer.status().as_u16() {
+        200 => {}
+        // OAuth has 400 for a token that is not valid.
+        400 | 401 | 403 => return Err(asked.unauthorized(Cure::Nothing)),
+        status => return Err(asked.status(status, "")),
+    }
+    let text = body(answer, asked).await?;
+    let grant: Grant = serde_json::from_slice(&text).map_err(|_| broken("its token server's answer is not valid"))?;
+    grant.access_token.or(grant.token).ok_or_else(|| broken("its token server's answer has no token"))
+}
+
+async fn body(mut answer: Response, asked: Asked<'_>) -> Result<Vec<u8>, Failure> {
+    let mut text = Vec::new();
+    while let Some(chunk) = answer.chunk().await.map_err(|error| asked.request(error))? {
+        text.extend_from_slice(&chunk);
+        if text.len() > MAX_ANSWER {
+            return Err(Failure::new(asked.registry("its token server does not stop talking"), Cure::Nothing));
+        }
+    }
+    Ok(text)
+}
+
+impl Challenge {
+    fn parse(header: &str) -> Option<Self> {
+        ChallengeParser::new(header).filter_map(Result::ok).find_map(|challenge| Self::of(&challenge))
+    }
+
+    fn of(challenge: &ChallengeRef<'_>) -> Option<Self> {
+        if !challenge.scheme.eq_ignore_ascii_case("bearer") {
+            return None;
+        }
+        let parameter = |name: &str| {
+            let mut all = challenge.params.iter();
+            all.find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.to_unescaped())
+        };
+        let realm = Url::parse(&parameter("realm")?).ok()?;
+        Some(Self { realm, service: parameter("service") })
+    }
+}
+
+/// A client for these requests: no more redirects than a token server needs, and no secret to another host.
+pub(super) fn client(
+    tls: Option<&super::transport::Tls>,
+    step_timeout: Duration,
+) -> Result<Client, crate::image::error::PullError> {
+    let mut builder = Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent(super::USER_AGENT)
+        .connect_timeout(step_timeout)
+        .read_timeout(step_timeout);
+    if let Some(tls) = tls {
+        let certificates = tls.certificates()?;
+        let certificates = certificates.iter().map(|certificate| reqwest::Certificate::from_der(&certificate.data));
+        let certificates: Result<Vec<_>, _> = certificates.collect();
+        builder = builder
+            .tls_certs_merge(certificates.map_err(|error| crate::image::error::PullError::CaCertificate(error.into()))?)
+            .danger_accept_invalid_certs(tls.accepts_everything());
+    }
+    builder.build().map_err(|error| crate::image::error::PullError::HttpClient(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn challenges_are_parsed() {
+        let text = r#"Basic realm="x", Bearer realm="https://auth.example/token",service="registry.example""#;
+        let challenge = Challenge::parse(text).unwrap();
+        assert_eq!(challenge.realm.as_str(), "https://auth.example/token");
+        assert_eq!(challenge.service.as_deref(), Some("registry.example"));
+        for text in ["", "Basic realm=\"x\"", "Bearer service=\"x\"", "Bearer realm=\"/token\""] {
+            assert_eq!(Challenge::parse(text), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_challenge_is_parsed_or_refused(text in "\\PC{0,100}") {
+            let _ = Challenge::parse(&text);
+        }
+    }
+}
