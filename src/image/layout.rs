@@ -27,6 +27,7 @@ use crate::image::manifest::Resolved;
 use crate::image::platform::Platform;
 use crate::image::store::ExpectedBlob;
 use crate::image::store::ImageStore;
+use crate::image::store::Lease;
 use crate::image::store::run_blocking;
 
 /// See [`ImageStore::import_oci_layout`].
@@ -35,20 +36,24 @@ use crate::image::store::run_blocking;
 pub(super) async fn import(store: &ImageStore, folder: &Path, tag: Option<&str>) -> Result<Image, LayoutError> {
     let layout = Layout { folder: folder.to_owned() };
     let (store_, tag) = (store.clone(), tag.map(str::to_owned));
-    let (layout, digest, manifest, config) = run_blocking(move || {
-        let (digest, manifest) = layout.resolve(&store_, tag.as_deref())?;
+    let (layout, digest, manifest, config, _lease) = run_blocking(move || {
+        let (digest, manifest, lease) = layout.resolve(&store_, tag.as_deref())?;
         let config = layout.read_blob("configuration", &manifest.config, ImageConfig::MAX_SIZE)?;
         store_.put_small(&manifest.config.digest, &config)?;
-        Ok::<_, LayoutError>((layout, digest, manifest, config))
+        Ok::<_, LayoutError>((layout, digest, manifest, config, lease))
     })
     .await?;
     for (index, layer) in manifest.layers.iter().enumerate() {
         let (store, layout, layer) = (store.clone(), layout.clone(), layer.clone());
         run_blocking(move || layout.copy_layer(&store, index, &layer)).await?;
     }
-    let image = store.assemble(digest, &manifest, &config)?;
-    image.config().require(&Platform::default()).map_err(ManifestError::from)?;
-    Ok(image)
+    let store = store.clone();
+    run_blocking(move || {
+        let image = store.assemble(digest, &manifest, &config)?;
+        image.config().require(&Platform::default()).map_err(ManifestError::from)?;
+        Ok(image)
+    })
+    .await
 }
 
 #[derive(Clone)]
@@ -57,8 +62,8 @@ struct Layout {
 }
 
 impl Layout {
-    /// Follows the tag through indexes to an image manifest; both end up in the store.
-    fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest), LayoutError> {
+    /// Follows the tag through indexes to an image manifest, which ends up in the store; all of the image is kept from now on.
+    fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest, Lease), LayoutError> {
         self.check_version()?;
         let mut search = IndexSearch::new(self.entry(tag)?, Platform::default());
         loop {
@@ -66,8 +71,9 @@ impl Layout {
             let bytes = self.read_blob("manifest", &descriptor, Manifest::MAX_SIZE)?;
             match Resolved::parse(&bytes)? {
                 Resolved::Image(manifest) => {
+                    let lease = store.lease(&manifest.blobs(descriptor.digest))?;
                     store.put_small(&descriptor.digest, &bytes)?;
-                    return Ok((descriptor.digest, manifest));
+                    return Ok((descriptor.digest, manifest, lease));
                 }
                 Resolved::Index(index) => search.index(&index)?,
             }

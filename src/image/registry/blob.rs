@@ -30,7 +30,7 @@ use crate::image::store::run_blocking;
 const WRITE_CHUNK: usize = 1 << 20;
 
 /// A blob slower than this, on average, is a registry that keeps us waiting, in bytes a second.
-const MIN_BYTES_PER_SECOND: u64 = 32 << 10;
+pub(super) const MIN_BYTES_PER_SECOND: u64 = 32 << 10;
 
 /// A blob to be fetched.
 pub(super) struct Download<'a> {
