@@ -141,7 +141,11 @@ impl Build {
     /// Converts several layers at a time. After an error the others are abandoned and waited for, so that nothing of them
     /// is left.
     async fn convert(self: &Arc<Self>, parallel: Option<NonZeroUsize>) -> Result<Vec<Index>, RootfsError> {
-        let parallel = parallel.map_or_else(default_parallel, NonZeroUsize::get);
+        let parallel = match parallel {
+            Some(parallel) => parallel.get(),
+            // It may read files to find out.
+            None => run_blocking(|| Ok::<_, RootfsError>(default_parallel())).await?,
+        };
         let budget = Arc::new(Budget::new(self.limits));
         let conversions = (0..self.distinct.layers.len()).map(|number| {
             let (build, budget) = (Arc::clone(self), Arc::clone(&budget));
