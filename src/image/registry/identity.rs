@@ -2,8 +2,6 @@
 //!
 //! `oci-client` knows users and passwords only, so these two requests are made here.
 
-use std::time::Duration;
-
 use http_auth::ChallengeRef;
 use http_auth::parser::ChallengeParser;
 use reqwest::Client;
@@ -11,11 +9,15 @@ use reqwest::Response;
 use reqwest::Url;
 use reqwest::header::CONTENT_TYPE;
 use reqwest::header::WWW_AUTHENTICATE;
+use reqwest::redirect::Policy;
 use serde::Deserialize;
 
+use crate::image::error::PullError;
+use crate::image::registry::USER_AGENT;
 use crate::image::registry::failure::Asked;
 use crate::image::registry::failure::Cure;
 use crate::image::registry::failure::Failure;
+use crate::image::registry::transport::Tls;
 
 /// Longest answer of a token server, in bytes.
 const MAX_ANSWER: usize = 256 << 10;
@@ -108,25 +110,18 @@ impl Challenge {
     }
 }
 
-/// A client for these requests: no more redirects than a token server needs, and no secret to another host.
-pub(super) fn client(
-    tls: Option<&super::transport::Tls>,
-    step_timeout: Duration,
-) -> Result<Client, crate::image::error::PullError> {
-    let mut builder = Client::builder()
-        .redirect(reqwest::redirect::Policy::none())
-        .user_agent(super::USER_AGENT)
-        .connect_timeout(step_timeout)
-        .read_timeout(step_timeout);
+/// A client for these requests. It follows no redirection: the secret is for the server that the registry names.
+pub(super) fn client(tls: Option<&Tls>) -> Result<Client, PullError> {
+    let mut builder = Client::builder().redirect(Policy::none()).user_agent(USER_AGENT);
     if let Some(tls) = tls {
         let certificates = tls.certificates()?;
         let certificates = certificates.iter().map(|certificate| reqwest::Certificate::from_der(&certificate.data));
         let certificates: Result<Vec<_>, _> = certificates.collect();
         builder = builder
-            .tls_certs_merge(certificates.map_err(|error| crate::image::error::PullError::CaCertificate(error.into()))?)
+            .tls_certs_merge(certificates.map_err(|error| PullError::CaCertificate(error.into()))?)
             .danger_accept_invalid_certs(tls.accepts_everything());
     }
-    builder.build().map_err(|error| crate::image::error::PullError::HttpClient(error.into()))
+    builder.build().map_err(|error| PullError::HttpClient(error.into()))
 }
 
 #[cfg(test)]

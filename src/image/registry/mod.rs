@@ -10,9 +10,9 @@
 //!
 //! Every step has a deadline. Plain HTTP is spoken to loopback registries and to those for which the caller asks for it.
 //!
-//! Known limits of `oci-client`: it reads a manifest into memory whole before its size can be refused, so a hostile
-//! registry can make this process hold what it manages to send within one step's deadline (blobs, configurations
-//! included, are streamed and stop at their promised size). It shows no headers, so `Retry-After` is not heard and
+//! Known limits of `oci-client`: it reads a manifest, a refusal and a token server's answer into memory whole before their
+//! size can be refused, so a hostile registry can make this process hold what it manages to send within one step's
+//! deadline (blobs, configurations included, are streamed and stop at their promised size). It shows no headers, so `Retry-After` is not heard and
 //! `Content-Range` not compared; the length of a partial answer and the digest of the whole are.
 
 mod auth;

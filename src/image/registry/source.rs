@@ -4,6 +4,8 @@
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,6 +38,7 @@ use crate::image::registry::failure::Failure;
 use crate::image::registry::identity;
 use crate::image::registry::transport::RegistryTransport;
 use crate::image::registry::transport::Tls;
+use crate::image::store::run_blocking;
 
 /// As good as never, and still within the clock's range whatever was asked for.
 pub(super) const FAR_FUTURE: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
@@ -53,6 +56,8 @@ pub(super) struct Source {
     session: Mutex<Session>,
     step_timeout: Duration,
     retries: u32,
+    /// Whether it has answered a request that it might have refused.
+    is_known: AtomicBool,
     /// Set when one blob has failed, so that the others end and clean up.
     pub(super) stop: CancellationToken,
 }
@@ -100,9 +105,9 @@ impl Source {
             RegistryAuth::Anonymous | RegistryAuth::Identity { .. } => OciAuth::Anonymous,
         };
         let Patience { step_timeout, retries } = patience;
-        let session = Mutex::new(Session { client: client(tls.as_ref(), step_timeout)?, auth: oci_auth });
-        let (reference, stop) = (reference.to_string(), CancellationToken::new());
-        Ok(Self { registry, reference, target, tls, auth, session, step_timeout, retries, stop })
+        let session = Mutex::new(Session { client: client(tls.as_ref())?, auth: oci_auth });
+        let (reference, is_known, stop) = (reference.to_string(), AtomicBool::new(false), CancellationToken::new());
+        Ok(Self { registry, reference, target, tls, auth, session, step_timeout, retries, is_known, stop })
     }
 
     pub(super) fn asked<'a>(&'a self, what: &'a str) -> Asked<'a> {
@@ -135,19 +140,18 @@ impl Source {
 
     async fn log_in(&self) -> Result<(), Failure> {
         let what = "a token";
-        let mut session = self.session();
         if let RegistryAuth::Identity { token } = &self.auth {
-            let unusable = |error| Failure::new(error, Cure::Nothing);
-            let client = identity::client(self.tls.as_ref(), self.step_timeout).map_err(unusable)?;
+            let tls = self.tls.clone();
+            // Blocking: the authorities that the system trusts are read from files.
+            let clients = run_blocking(move || Ok((identity::client(tls.as_ref())?, client(tls.as_ref())?))).await;
+            let (asking, client) = clients.map_err(|error| Failure::new(error, Cure::Nothing))?;
             let scheme = if self.tls.is_some() { "https" } else { "http" };
             let root = format!("{scheme}://{}/v2/", self.target.resolve_registry());
-            let exchange = identity::exchange(&client, self.asked(what), &root, self.target.repository(), token);
-            session = Session {
-                auth: OciAuth::Bearer(self.step(what, None, exchange).await??),
-                client: self::client(self.tls.as_ref(), self.step_timeout).map_err(unusable)?,
-            };
-            *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session.clone();
+            let exchange = identity::exchange(&asking, self.asked(what), &root, self.target.repository(), token);
+            let auth = OciAuth::Bearer(self.step(what, None, exchange).await??);
+            *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Session { client, auth };
         }
+        let session = self.session();
         let login = session.client.auth(&self.target, &session.auth, RegistryOperation::Pull);
         self.step(what, None, login).await?.map(drop).map_err(|error| self.asked(what).failed(error))
     }
@@ -173,6 +177,7 @@ impl Source {
         let Session { client, auth } = self.session();
         let request = client.pull_manifest_raw(&target, &auth, &ACCEPTED);
         let (bytes, _) = self.step(what, None, request).await?.map_err(|error| self.asked(what).failed(error))?;
+        self.is_known.store(true, Ordering::Relaxed);
         let refused = |error| Err(Failure::new(error, Cure::Nothing));
         if bytes.len() as u64 > Manifest::MAX_SIZE {
             return refused(PullError::TooLarge { what: what.to_owned(), limit: Manifest::MAX_SIZE });
@@ -224,7 +229,10 @@ impl Source {
     ) -> Result<(), PullError> {
         match failure.cure {
             Cure::Wait => self.wait(backoff, failure.error).await,
-            Cure::Login if std::mem::take(may_log_in) => self.log_in().await.map_err(|failure| failure.error),
+            // A token may have run out; a password that was wrong from the start is not shown twice.
+            Cure::Login if self.is_known.load(Ordering::Relaxed) && std::mem::take(may_log_in) => {
+                self.log_in().await.map_err(|failure| failure.error)
+            }
             _ => Err(failure.error),
         }
     }
@@ -269,13 +277,12 @@ impl Source {
     }
 }
 
-fn client(tls: Option<&Tls>, step_timeout: Duration) -> Result<Client, PullError> {
+/// It has no deadlines of its own: every wait for it has one here.
+fn client(tls: Option<&Tls>) -> Result<Client, PullError> {
     let config = ClientConfig {
         protocol: if tls.is_some() { ClientProtocol::Https } else { ClientProtocol::Http },
         extra_root_certificates: tls.map(Tls::certificates).transpose()?.unwrap_or_default(),
         accept_invalid_certificates: tls.is_some_and(Tls::accepts_everything),
-        connect_timeout: Some(step_timeout),
-        read_timeout: Some(step_timeout),
         user_agent: USER_AGENT,
         ..ClientConfig::default()
     };
