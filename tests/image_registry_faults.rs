@@ -172,6 +172,22 @@ async fn silence_is_a_broken_connection() {
 }
 
 #[tokio::test]
+async fn a_blob_that_trickles_has_a_deadline_as_a_whole() {
+    let registry = Registry::open();
+    let layer = LayerBlob::gzip(&Tar::new().file("a", b"small").finish());
+    let part = Digest::of(&layer.blob).to_string();
+    registry.push(Layout::of(&[layer]).folder.path(), "latest", "app:1", &[]);
+    let proxy = Proxy::before(&registry.address).await;
+    proxy.always(&part, Fault::Drip(Duration::from_millis(100)));
+    let place = Place::new().await;
+    let limit = Duration::from_secs(1);
+    let pull = Image::builder(format!("{}/app:1", proxy.address)).store(place.store.clone()).step_timeout(limit);
+    let error = pull.retries(0).pull().await.unwrap_err();
+    assert!(matches!(error, PullError::Timeout { limit: named, .. } if named == limit), "{error:?}");
+    assert_eq!(place.debris(), [""; 0]);
+}
+
+#[tokio::test]
 async fn statuses_that_pass_are_waited_for() {
     let scene = Scene::new().await;
     scene.proxy.fault("/manifests/", &[Fault::Status(429, "retry-after: 1\r\n"), Fault::Status(500, "")]);

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use oci_client::Client;
-use oci_client::RegistryOperation;
 use oci_client::client::BlobResponse;
 use oci_client::client::ClientConfig;
 use oci_client::client::ClientProtocol;
@@ -35,7 +34,7 @@ use crate::image::registry::backoff::Backoff;
 use crate::image::registry::failure::Asked;
 use crate::image::registry::failure::Cure;
 use crate::image::registry::failure::Failure;
-use crate::image::registry::identity;
+use crate::image::registry::login;
 use crate::image::registry::transport::RegistryTransport;
 use crate::image::registry::transport::Tls;
 use crate::image::store::run_blocking;
@@ -53,6 +52,8 @@ pub(super) struct Source {
     target: oci_client::Reference,
     tls: Option<Tls>,
     auth: RegistryAuth,
+    /// Asks for tokens.
+    asking: reqwest::Client,
     session: Mutex<Session>,
     step_timeout: Duration,
     retries: u32,
@@ -62,7 +63,7 @@ pub(super) struct Source {
     pub(super) stop: CancellationToken,
 }
 
-/// The client keeps the first credentials that it is shown, so new ones need a new client.
+/// The client keeps the first credentials that it is shown, so new ones need a client that has not been used.
 #[derive(Clone)]
 struct Session {
     client: Client,
@@ -101,13 +102,14 @@ impl Source {
         let oci_auth = match &auth {
             RegistryAuth::Basic { user, password } => OciAuth::Basic(user.clone(), password.clone()),
             RegistryAuth::Bearer { token } => OciAuth::Bearer(token.clone()),
-            // An identity is exchanged at the first login.
+            // An identity is exchanged at the login.
             RegistryAuth::Anonymous | RegistryAuth::Identity { .. } => OciAuth::Anonymous,
         };
         let Patience { step_timeout, retries } = patience;
         let session = Mutex::new(Session { client: client(tls.as_ref())?, auth: oci_auth });
+        let asking = login::client(tls.as_ref())?;
         let (reference, is_known, stop) = (reference.to_string(), AtomicBool::new(false), CancellationToken::new());
-        Ok(Self { registry, reference, target, tls, auth, session, step_timeout, retries, is_known, stop })
+        Ok(Self { registry, reference, target, tls, auth, asking, session, step_timeout, retries, is_known, stop })
     }
 
     pub(super) fn asked<'a>(&'a self, what: &'a str) -> Asked<'a> {
@@ -125,8 +127,7 @@ impl Source {
         attempts.saturating_add(pauses).saturating_add(Duration::from_secs(size / rate)).min(FAR_FUTURE)
     }
 
-    /// Makes itself known. Done ahead of the first request, because the client keeps the reasons of a failure to itself
-    /// when it comes across one on the way to something else.
+    /// Gets a token, if the registry wants one. A password that it takes as it is goes with the requests themselves.
     pub(super) async fn login(&self) -> Result<(), PullError> {
         let mut backoff = self.backoff();
         loop {
@@ -139,21 +140,29 @@ impl Source {
     }
 
     async fn log_in(&self) -> Result<(), Failure> {
-        let what = "a token";
-        if let RegistryAuth::Identity { token } = &self.auth {
-            let tls = self.tls.clone();
-            // Blocking: the authorities that the system trusts are read from files.
-            let clients = run_blocking(move || Ok((identity::client(tls.as_ref())?, client(tls.as_ref())?))).await;
-            let (asking, client) = clients.map_err(|error| Failure::new(error, Cure::Nothing))?;
-            let scheme = if self.tls.is_some() { "https" } else { "http" };
-            let root = format!("{scheme}://{}/v2/", self.target.resolve_registry());
-            let exchange = identity::exchange(&asking, self.asked(what), &root, self.target.repository(), token);
-            let auth = OciAuth::Bearer(self.step(what, None, exchange).await??);
-            *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Session { client, auth };
+        if matches!(self.auth, RegistryAuth::Bearer { .. }) {
+            return Ok(());
         }
-        let session = self.session();
-        let login = session.client.auth(&self.target, &session.auth, RegistryOperation::Pull);
-        self.step(what, None, login).await?.map(drop).map_err(|error| self.asked(what).failed(error))
+        let what = "a token";
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let root = format!("{scheme}://{}/v2/", self.target.resolve_registry());
+        let token = login::token(&self.asking, self.asked(what), &root, self.target.repository(), &self.auth);
+        if let Some(token) = self.step(what, None, token).await?? {
+            let client = if self.is_known.load(Ordering::Relaxed) {
+                let tls = self.tls.clone();
+                // Blocking: the authorities that the system trusts are read from files.
+                let client = run_blocking(move || client(tls.as_ref())).await;
+                client.map_err(|error| Failure::new(error, Cure::Nothing))?
+            } else {
+                self.session().client
+            };
+            let auth = OciAuth::Bearer(token);
+            // Requests for blobs do not show it any.
+            client.store_auth_if_needed(self.target.resolve_registry(), &auth).await;
+            let session = Session { client, auth };
+            *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
+        }
+        Ok(())
     }
 
     /// The manifest or index at `digest`, or where the reference points to.
