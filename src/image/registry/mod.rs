@@ -1,17 +1,17 @@
 //! Pulling from a registry (distribution-spec), by `oci-client`.
 //!
-//! That crate speaks the protocol and does the authentication; this module decides what to fetch, from whom, how often to
-//! try, and checks what arrives.
+//! That crate speaks the protocol; this module gets the credentials and tokens for it, decides what to fetch, from whom,
+//! how often to try, and checks what arrives.
 //!
 //! ```text
 //! mirrors, then the origin: source ── login, manifests ──> index_search ──> blobs, some at once ──> store
-//!        auth, docker_config, helper, identity ─┘  └─ transport    backoff, failure ─┘
+//!           auth, docker_config, helper, login ─┘  └─ transport    backoff, failure ─┘
 //! ```
 //!
 //! Every step has a deadline. Plain HTTP is spoken to loopback registries and to those for which the caller asks for it.
 //!
-//! Known limits of `oci-client`: it reads a manifest into memory whole before its size can be refused, so a hostile
-//! registry can make this process hold what it manages to send within one step's deadline (blobs, configurations
+//! Known limits of `oci-client`: it reads a manifest or a refusal into memory whole before its size can be refused, so a
+//! hostile registry can make this process hold what it manages to send within one step's deadline (blobs, configurations
 //! included, are streamed and stop at their promised size). It shows no headers, so `Retry-After` is not heard and
 //! `Content-Range` not compared; the length of a partial answer and the digest of the whole are.
 
@@ -21,7 +21,7 @@ mod blob;
 mod docker_config;
 mod failure;
 mod helper;
-mod identity;
+mod login;
 mod source;
 mod transport;
 
