@@ -27,6 +27,7 @@ use crate::rootfs::error::LayerErrorKind;
 use crate::rootfs::limits::Limits;
 use crate::rootfs::limits::MAX_TARGET;
 use crate::rootfs::resolve;
+use crate::rootfs::tar_reader::Content as EntryContent;
 use crate::rootfs::tar_reader::Entry;
 use crate::rootfs::tar_reader::EntryKind;
 use crate::rootfs::tar_reader::TarReader;
@@ -52,6 +53,7 @@ pub(super) struct Applier<'a> {
     pub(super) blocks: BlockWriter<'a>,
     limits: Limits,
     entries_left: u64,
+    content_left: u64,
     /// Shared with the reader that counts.
     bytes_left: Rc<Cell<u64>>,
     layer: u32,
@@ -65,6 +67,7 @@ impl<'a> Applier<'a> {
             blocks,
             limits,
             entries_left: limits.entries,
+            content_left: limits.content_bytes,
             bytes_left: Rc::new(Cell::new(limits.archive_bytes)),
             layer: 0,
             abandoned,
@@ -169,7 +172,9 @@ impl<'a> Applier<'a> {
         if self.tree.names(found.node).is_some() { Err(missing()) } else { Ok(found.node) }
     }
 
-    fn content(&mut self, size: u64, content: &mut impl Read) -> Result<Content, LayerErrorKind> {
+    fn content(&mut self, size: u64, content: &mut EntryContent<'_, impl Read>) -> Result<Content, LayerErrorKind> {
+        let limit = LayerErrorKind::Limit { what: "bytes of files' content", limit: self.limits.content_bytes };
+        self.content_left = self.content_left.checked_sub(size).ok_or(limit)?;
         if size <= INLINE_MAX as u64 {
             let mut bytes = Vec::with_capacity(INLINE_MAX);
             content.read_to_end(&mut bytes).map_err(read_error)?;

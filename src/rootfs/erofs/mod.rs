@@ -36,7 +36,8 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::FallocateFlags;
 
 use crate::rootfs::error::LayerErrorKind;
-use crate::rootfs::tar_reader::read_error;
+use crate::rootfs::tar_reader::Content as EntryContent;
+use crate::rootfs::tar_reader::Piece;
 use crate::rootfs::tree::Content;
 use crate::rootfs::tree::NodeKind;
 use crate::rootfs::tree::Tree;
@@ -81,24 +82,36 @@ impl<'a> BlockWriter<'a> {
         Ok(Self { out, next: 1, buffer: vec![0; COPY_BUFFER] })
     }
 
-    /// Writes exactly `size` bytes of `content`; returns the block they start at.
-    pub(super) fn append(&mut self, content: &mut impl Read, size: u64) -> Result<u32, LayerErrorKind> {
+    /// Writes `content`, which is of `size` bytes; returns the block it starts at.
+    pub(super) fn append(
+        &mut self,
+        content: &mut EntryContent<'_, impl Read>,
+        size: u64,
+    ) -> Result<u32, LayerErrorKind> {
         let (start, end) = self
             .reserve(size)
             .ok_or_else(|| LayerErrorKind::Limit { what: "blocks of content", limit: u64::from(u32::MAX) })?;
-        let mut left = size;
-        while left > 0 {
-            let want = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
-            let count = content.read(&mut self.buffer[..want]).map_err(read_error)?;
-            if count == 0 {
-                return Err(LayerErrorKind::Truncated);
+        loop {
+            match content.piece(&mut self.buffer)? {
+                Piece::Data(count) => self.out.write_all(&self.buffer[..count]),
+                Piece::Hole(length) => self.skip(length),
+                Piece::End => break,
             }
-            self.out.write_all(&self.buffer[..count]).map_err(LayerErrorKind::Write)?;
-            left -= count as u64;
+            .map_err(LayerErrorKind::Write)?;
         }
         self.pad(size).map_err(LayerErrorKind::Write)?;
         self.next = end;
         Ok(start)
+    }
+
+    /// Leaves `length` bytes of zeros. Something is always written after content, so that the file is long enough.
+    fn skip(&mut self, length: u64) -> io::Result<()> {
+        match i64::try_from(length) {
+            // Costs less to write than to flush the buffer for.
+            _ if length < WRITE_BUFFER as u64 / 8 => zeros(&mut self.out, length),
+            Ok(length) => self.out.seek(SeekFrom::Current(length)).map(drop),
+            Err(_) => Err(io::ErrorKind::FileTooLarge.into()),
+        }
     }
 
     fn append_bytes(&mut self, bytes: &[u8]) -> Result<u32, WriteError> {
