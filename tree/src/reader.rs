@@ -318,11 +318,14 @@ impl<R: Read> Reader<R> {
         self.skip_content()?;
         let mut header = Header::new_old();
         let length = read_full(&mut self.input, header.as_mut_bytes())?;
-        let is_end = length == 0 || header.as_bytes().iter().all(|byte| *byte == 0);
-        if length < header.as_bytes().len() && (self.rules.needs_end_mark || !is_end) {
+        if length == 0 && !self.rules.needs_end_mark {
+            return Ok(None);
+        }
+        // Also one of zeros, as with Go's `archive/tar`, which is what Docker applies layers with.
+        if length < header.as_bytes().len() {
             return Err(ArchiveError::Truncated);
         }
-        if is_end {
+        if header.as_bytes().iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
         if header.cksum().ok() != Some(checksum(header.as_bytes())) {
