@@ -137,6 +137,8 @@ pub(crate) struct Records {
     pub(crate) size: Option<u64>,
     major: Option<u64>,
     minor: Option<u64>,
+    /// Runs in the map.
+    runs: Option<u64>,
     /// Starts and lengths of runs, in turns.
     numbers: Vec<u64>,
 }
@@ -160,6 +162,7 @@ impl Records {
             b"size" | b"realsize" => self.size = pax::number(value)?,
             b"major" => self.major = pax::number(value)?,
             b"minor" => self.minor = pax::number(value)?,
+            b"numblocks" => self.runs = pax::number(value)?,
             b"map" => {
                 let numbers = value.split(|byte| *byte == b',').map(|text| pax::number(text)?.ok_or(MALFORMED));
                 self.numbers = numbers.collect::<Result<_, _>>()?;
@@ -171,7 +174,6 @@ impl Records {
                 }
                 self.numbers.push(pax::number(value)?.ok_or(MALFORMED)?);
             }
-            // `numblocks`, which the map says as well, and what may come.
             _ => {}
         }
         Ok(())
@@ -187,6 +189,10 @@ impl Records {
 
     /// Adds the runs in the records to `map`.
     pub(crate) fn fill(&self, map: &mut Map) -> Result<(), ArchiveError> {
+        let found = self.numbers.len() as u64 / 2;
+        if self.runs.is_some_and(|runs| runs != found) {
+            return Err(MALFORMED);
+        }
         for run in self.numbers.chunks(2) {
             let [start, length] = *run else { return Err(MALFORMED) };
             map.push(start, length)?;
@@ -331,7 +337,14 @@ mod tests {
         assert_eq!(whole.expect("0.0"), [(false, 1), (true, 2), (false, 7)]);
         assert_eq!(apply(&[("map", "1,2,10,0")]).expect("0.1"), [(false, 1), (true, 2), (false, 7)]);
         let no_turns = [("offset", "1"), ("offset", "2")];
-        for bad in [&no_turns[..], &[("numbytes", "2")], &[("offset", "")], &[("map", "1,2,3")], &[("map", "1,,2")]] {
+        for bad in [
+            &no_turns[..],
+            &[("numbytes", "2")],
+            &[("offset", "")],
+            &[("map", "1,2,3")],
+            &[("map", "1,2"), ("numblocks", "2")],
+            &[("map", "1,,2")],
+        ] {
             apply(bad).expect_err("no turns");
         }
     }
