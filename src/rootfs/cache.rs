@@ -24,7 +24,7 @@ use crate::rootfs::error::RootfsError;
 use crate::rootfs::limits::Limits;
 
 /// Raised when the same layers give other bytes than before, so that old files are not taken.
-const FORMAT: &str = "kiln erofs 1";
+const FORMAT: &str = "kiln erofs 2";
 
 /// A folder of filesystem images. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -129,6 +129,7 @@ impl<'a> Applier<'a> {
             },
             EntryKind::HardLink(target) => {
                 let node = self.hard_link_target(&target)?;
+                self.tree.update_meta(node, meta)?;
                 return self.tree.link(folder, name, node, self.layer);
             }
             EntryKind::File { size } => NodeKind::File(self.content(size, &mut reader.content())?),
