@@ -39,7 +39,8 @@ use crate::rootfs::tree::ROOT;
 use crate::rootfs::tree::Tree;
 
 const WHITEOUT: &[u8] = b".wh.";
-/// Names that AUFS reserved; of these only the opaque mark means something to an image.
+/// Names that AUFS reserved; of these only the opaque mark means something to an image. Files in `.wh..wh.plnk` are targets
+/// of hard links in their layer, as with Docker, and nothing else.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
@@ -93,6 +94,7 @@ impl<'a> Applier<'a> {
             let name = || Some(String::from_utf8_lossy(&path).into_owned());
             self.entry(entry, &mut reader).map_err(|kind| fail(name(), kind))?;
         }
+        self.tree.forget(ROOT, |name| name.starts_with(WHITEOUT_META));
         let archive = reader.drain().map_err(|kind| fail(None, kind))?.into_inner();
         let found = Digest::from_hasher(archive.hasher);
         if found != *layer.diff_id() {

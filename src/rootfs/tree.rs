@@ -221,6 +221,13 @@ impl Tree {
         Ok(())
     }
 
+    /// Takes names away from `folder`.
+    pub(super) fn forget(&mut self, folder: NodeId, is_forgotten: impl Fn(&[u8]) -> bool) {
+        if let Some(names) = self.names_mut(folder) {
+            names.retain(|name, _| !is_forgotten(name));
+        }
+    }
+
     /// Gives `node` a name, replacing what had it.
     pub(super) fn link(&mut self, folder: NodeId, name: &[u8], node: NodeId, layer: u32) -> Result<(), LayerErrorKind> {
         self.charge(NAME_COST + name.len() as u64)?;
