@@ -161,7 +161,7 @@ fn names() -> Vec<Hostile> {
         hostile("a NUL in a link target", Tar::new().pax(&[("linkpath", b"a\0b")]).symlink("l", "x"), is_malformed),
         hostile("a name of 256 bytes", file(&"n".repeat(256)), is_too_long),
         hostile("a folder on the way of 256 bytes", file(&format!("{}/x", "n".repeat(256))), is_too_long),
-        hostile("a path longer than PATH_MAX", file(&"n/".repeat(2500)), is_too_long),
+        hostile("a path longer than PATH_MAX", file(&"/n".repeat(2500)[1..]), is_too_long),
         hostile("a link target longer than PATH_MAX", Tar::new().symlink("a", &"t".repeat(4096)), is_too_long),
         hostile("a link without a target", Tar::new().symlink("a", ""), is_malformed),
         hostile("folders deeper than any path", deeper_than_any_path(), |kind| {
@@ -263,7 +263,6 @@ fn archives() -> Vec<Hostile> {
     vec![
         stored("cut in a header", cut(1124), is_truncated),
         stored("cut in content", cut(3000), is_truncated).at("b"),
-        stored("cut in the padding after content", cut(600), is_truncated),
         stored("cut in the end mark", cut(whole().len() - 600), is_truncated),
         stored("less than a block of zeros", LayerBlob::plain(vec![0; 100]), is_truncated),
         stored("a damaged header", LayerBlob::plain(damaged), is_malformed),
