@@ -61,7 +61,7 @@ pub use error::Error;
 pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExit, ExecOutcome, ExecSignaller};
 pub use exec::{ExecSocket, ExecStderr, ExecStdin, ExecStdout};
 pub use files::{FileError, GuestFileReader, GuestFileWriter, GuestFiles};
-pub use image::{Image, LayoutError, OciImageBuilder, PullError, PullPolicy};
+pub use image::{Image, ImportError, LayoutError, OciImageBuilder, PullError, PullPolicy};
 pub use rootfs::RootfsError;
 pub use tcp::{GuestTcpStream, TcpForwarder};
 pub use vm::{ShutdownError, StartError, Vm, VmConfig};
