@@ -25,7 +25,7 @@
 //! | [`mem`] | guest RAM |
 //! | [`hv`] | the seam to the engines that run guest processors, and the software engine |
 //! | [`vmm`] | the machine: bus, devices, boot |
-//! | [`image`] | OCI images: registry, layout folder, store |
+//! | [`image`] | OCI images: registry, layout folder, archive, store |
 //! | [`rootfs`] | layers to a filesystem image |
 //! | [`transport`] | byte streams into the guest |
 //! | [`exec`] | commands in the guest, in the manner of `tokio::process` |

@@ -7,6 +7,7 @@ use futures::stream::FusedStream;
 use kiln::exec::UnixConnector;
 use kiln::image::ImageConfig;
 use kiln::image::ImageStore;
+use kiln::image::ImportOptions;
 use kiln::mem::GuestRam;
 use kiln::rootfs;
 use kiln::rootfs::RootImage;
@@ -31,6 +32,7 @@ const _: () = {
     value::<Image>();
     value::<ImageConfig>();
     value::<ImageStore>();
+    value::<ImportOptions>();
     value::<OciImageBuilder>();
     value::<PullPolicy>();
     value::<rootfs::Builder>();
@@ -64,6 +66,7 @@ const _: () = {
     error::<Error>();
     error::<ExecError>();
     error::<FileError>();
+    error::<ImportError>();
     error::<LayoutError>();
     error::<PullError>();
     error::<RootfsError>();
@@ -98,6 +101,9 @@ async fn operations_can_be_spawned() {
     spawnable(Image::pull("example"));
     spawnable(Image::builder("example").pull());
     spawnable(Image::from_oci_layout("layout"));
+    spawnable(Image::from_path("layout"));
+    spawnable(Image::from_archive("archive"));
+    spawnable(Image::from_archive_reader(tokio::io::empty()));
     spawnable(ImageStore::open("store"));
     spawnable(Vm::start(GuestRoot::erofs("root.erofs"), VmConfig::new()));
     spawnable(ExecBuilder::new("socket").argv(["true"]).spawn());
@@ -124,5 +130,10 @@ fn operations_that_borrow_can_move_between_threads() {
         sendable(workload.kill());
     };
     let _ = |root: &RootImage| sendable(root.write_to("root.erofs"));
+    let _ = |store: &ImageStore, options: &ImportOptions| {
+        sendable(store.import_path("archive", options));
+        sendable(store.import_archive("archive", options));
+        sendable(store.import_archive_from(tokio::io::empty(), options));
+    };
     let _ = |child: &mut ExecChild| sendable(child.wait());
 }
