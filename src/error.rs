@@ -2,7 +2,7 @@
 
 use crate::exec::ExecError;
 use crate::files::FileError;
-use crate::image::{LayoutError, PullError};
+use crate::image::{ImportError, LayoutError, PullError};
 use crate::rootfs::RootfsError;
 use crate::vm::{ShutdownError, StartError};
 use crate::workload::WorkloadError;
@@ -19,6 +19,9 @@ pub enum Error {
     /// An OCI layout could not be imported.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// An image could not be imported.
+    #[error(transparent)]
+    Import(#[from] ImportError),
     /// A root filesystem could not be built.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),

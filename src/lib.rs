@@ -25,7 +25,7 @@
 //! | [`mem`] | guest RAM |
 //! | [`hv`] | the seam to the engines that run guest processors, and the software engine |
 //! | [`vmm`] | the machine: bus, devices, boot |
-//! | [`image`] | OCI images: registry, layout folder, store |
+//! | [`image`] | OCI images: registry, layout folder, archive, store |
 //! | [`rootfs`] | layers to a filesystem image |
 //! | [`transport`] | byte streams into the guest |
 //! | [`exec`] | commands in the guest, in the manner of `tokio::process` |
@@ -61,7 +61,7 @@ pub use error::Error;
 pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExit, ExecOutcome, ExecSignaller};
 pub use exec::{ExecSocket, ExecStderr, ExecStdin, ExecStdout};
 pub use files::{FileError, GuestFileReader, GuestFileWriter, GuestFiles};
-pub use image::{Image, LayoutError, OciImageBuilder, PullError, PullPolicy};
+pub use image::{Image, ImportError, LayoutError, OciImageBuilder, PullError, PullPolicy};
 pub use rootfs::RootfsError;
 pub use tcp::{GuestTcpStream, TcpForwarder};
 pub use vm::{ShutdownError, StartError, Vm, VmConfig};

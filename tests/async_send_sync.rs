@@ -10,6 +10,7 @@ use kiln::image::DockerConfig;
 use kiln::image::HelperError;
 use kiln::image::ImageConfig;
 use kiln::image::ImageStore;
+use kiln::image::ImportOptions;
 use kiln::image::Mirror;
 use kiln::image::Platform;
 use kiln::image::Progress;
@@ -41,6 +42,7 @@ const _: () = {
     value::<Image>();
     value::<ImageConfig>();
     value::<ImageStore>();
+    value::<ImportOptions>();
     value::<OciImageBuilder>();
     value::<PullPolicy>();
     value::<rootfs::Builder>();
@@ -82,6 +84,7 @@ const _: () = {
     error::<Error>();
     error::<ExecError>();
     error::<FileError>();
+    error::<ImportError>();
     error::<LayoutError>();
     error::<PullError>();
     error::<CredentialsError>();
@@ -118,6 +121,9 @@ async fn operations_can_be_spawned() {
     spawnable(Image::pull("example"));
     spawnable(Image::builder("example").pull());
     spawnable(Image::from_oci_layout("layout"));
+    spawnable(Image::from_path("layout"));
+    spawnable(Image::from_archive("archive"));
+    spawnable(Image::from_archive_reader(tokio::io::empty()));
     spawnable(ImageStore::open("store"));
     spawnable(Vm::start(GuestRoot::erofs("root.erofs"), VmConfig::new()));
     spawnable(ExecBuilder::new("socket").argv(["true"]).spawn());
@@ -144,5 +150,10 @@ fn operations_that_borrow_can_move_between_threads() {
         sendable(workload.kill());
     };
     let _ = |root: &RootImage| sendable(root.write_to("root.erofs"));
+    let _ = |store: &ImageStore, options: &ImportOptions| {
+        sendable(store.import_path("archive", options));
+        sendable(store.import_archive("archive", options));
+        sendable(store.import_archive_from(tokio::io::empty(), options));
+    };
     let _ = |child: &mut ExecChild| sendable(child.wait());
 }

@@ -9,7 +9,9 @@ use crate::image::error::ManifestError;
 use crate::image::manifest::DOCKER_LIST;
 use crate::image::manifest::Descriptor;
 use crate::image::manifest::Index;
+use crate::image::manifest::Manifest;
 use crate::image::manifest::OCI_INDEX;
+use crate::image::manifest::Resolved;
 use crate::image::platform::Platform;
 
 /// How many indexes may lead to one another. Attestations nest one deep; more is a loop in disguise.
@@ -101,6 +103,23 @@ impl IndexSearch {
         ManifestError::NoPlatform {
             wanted: Box::new(self.wanted.clone()),
             available: std::mem::take(&mut self.available),
+        }
+    }
+}
+
+/// Searches where manifests can be read at once, by `read`; returns the image's manifest, parsed and as it was read.
+pub(super) fn find_image<E: From<ManifestError>>(
+    start: Descriptor,
+    wanted: Platform,
+    mut read: impl FnMut(&Descriptor) -> Result<Vec<u8>, E>,
+) -> Result<(Digest, Vec<u8>, Manifest), E> {
+    let mut search = IndexSearch::new(start, wanted);
+    loop {
+        let descriptor = search.next()?;
+        let bytes = read(&descriptor)?;
+        match Resolved::parse(&bytes)? {
+            Resolved::Image(manifest) => return Ok((descriptor.digest, bytes, manifest)),
+            Resolved::Index(index) => search.index(&index)?,
         }
     }
 }

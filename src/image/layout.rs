@@ -19,12 +19,15 @@ use crate::image::digest::Digest;
 use crate::image::error::LayoutError;
 use crate::image::error::ManifestError;
 use crate::image::index_search::IndexSearch;
+use crate::image::index_search::find_image;
 use crate::image::index_search::leads_to;
 use crate::image::manifest::Descriptor;
 use crate::image::manifest::Index;
 use crate::image::manifest::Manifest;
 use crate::image::manifest::Resolved;
 use crate::image::platform::Platform;
+use crate::image::progress::Progress;
+use crate::image::progress::ProgressEvent;
 use crate::image::store::ExpectedBlob;
 use crate::image::store::ImageStore;
 use crate::image::store::Lease;
@@ -33,7 +36,13 @@ use crate::image::store::run_blocking;
 /// See [`ImageStore::import_oci_layout`].
 ///
 /// One blocking job a blob, so that a dropped future stops the import at the next one.
-pub(super) async fn import(store: &ImageStore, folder: &Path, tag: Option<&str>) -> Result<Image, LayoutError> {
+pub(super) async fn import(
+    store: &ImageStore,
+    folder: &Path,
+    tag: Option<&str>,
+    progress: &Progress,
+) -> Result<Image, LayoutError> {
+    progress.send(ProgressEvent::Resolving { reference: folder.display().to_string() });
     let layout = Layout { folder: folder.to_owned() };
     let (store_, tag) = (store.clone(), tag.map(str::to_owned));
     let (layout, digest, manifest, config, _lease) = run_blocking(move || {
@@ -43,9 +52,11 @@ pub(super) async fn import(store: &ImageStore, folder: &Path, tag: Option<&str>)
         Ok::<_, LayoutError>((layout, digest, manifest, config, lease))
     })
     .await?;
+    let layers = manifest.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+    progress.send(ProgressEvent::Resolved { image: digest, layers });
     for (index, layer) in manifest.layers.iter().enumerate() {
-        let (store, layout, layer) = (store.clone(), layout.clone(), layer.clone());
-        run_blocking(move || layout.copy_layer(&store, index, &layer)).await?;
+        let (store, layout, layer, progress) = (store.clone(), layout.clone(), layer.clone(), progress.clone());
+        run_blocking(move || layout.copy_layer(&store, index, &layer, &progress)).await?;
     }
     let store = store.clone();
     run_blocking(move || {
@@ -65,27 +76,14 @@ impl Layout {
     /// Follows the tag through indexes to an image manifest, which ends up in the store; all of the image is kept from now on.
     fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest, Lease), LayoutError> {
         self.check_version()?;
-        let mut search = IndexSearch::new(self.entry(tag)?, Platform::default());
-        loop {
-            let descriptor = search.next()?;
-            let bytes = self.read_blob("manifest", &descriptor, Manifest::MAX_SIZE)?;
-            match Resolved::parse(&bytes)? {
-                Resolved::Image(manifest) => {
-                    let lease = store.lease(&manifest.blobs(descriptor.digest))?;
-                    store.put_small(&descriptor.digest, &bytes)?;
-                    return Ok((descriptor.digest, manifest, lease));
-                }
-                Resolved::Index(index) => search.index(&index)?,
-            }
-        }
+        let read = |descriptor: &Descriptor| self.read_blob("manifest", descriptor, Manifest::MAX_SIZE);
+        let (digest, bytes, manifest) = find_image(self.entry(tag)?, Platform::default(), read)?;
+        let lease = store.lease(&manifest.blobs(digest))?;
+        store.put_small(&digest, &bytes)?;
+        Ok((digest, manifest, lease))
     }
 
     fn check_version(&self) -> Result<(), LayoutError> {
-        #[derive(Deserialize)]
-        struct Marker {
-            #[serde(rename = "imageLayoutVersion")]
-            version: String,
-        }
         let refuse = |reason| LayoutError::NotALayout { path: self.folder.clone(), reason };
         let bytes = match self.read("oci-layout", Manifest::MAX_SIZE) {
             Err(LayoutError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
@@ -93,11 +91,7 @@ impl Layout {
             }
             result => result?,
         };
-        let marker: Marker = serde_json::from_slice(&bytes).map_err(|_| refuse("oci-layout is not valid json"))?;
-        if !marker.version.starts_with("1.") {
-            return Err(refuse("image layout version is not 1"));
-        }
-        Ok(())
+        check_marker(&bytes).map_err(refuse)
     }
 
     fn entry(&self, tag: Option<&str>) -> Result<Descriptor, LayoutError> {
@@ -151,15 +145,50 @@ impl Layout {
         Ok(bytes)
     }
 
-    fn copy_layer(&self, store: &ImageStore, index: usize, layer: &Descriptor) -> Result<(), LayoutError> {
+    fn copy_layer(
+        &self,
+        store: &ImageStore,
+        index: usize,
+        layer: &Descriptor,
+        progress: &Progress,
+    ) -> Result<(), LayoutError> {
+        let report = |done| progress.send(ProgressEvent::Fetching { layer: layer.digest, done, total: layer.size });
         if store.contains(&layer.digest, layer.size) {
+            report(layer.size);
             return Ok(());
         }
         let what = format!("layer {index}");
-        let mut file = self.open_blob(&what, &layer.digest)?;
+        let file = self.open_blob(&what, &layer.digest)?;
         let expected = ExpectedBlob { what, digest: layer.digest, size: layer.size };
-        Ok(store.put_from(expected, &mut file)?)
+        Ok(store.put_from(expected, &mut Watched { input: file, done: 0, watch: report })?)
     }
+}
+
+/// Tells how much has been read.
+struct Watched<R, F> {
+    input: R,
+    done: u64,
+    watch: F,
+}
+
+impl<R: Read, F: FnMut(u64)> Read for Watched<R, F> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.input.read(buffer)?;
+        self.done += count as u64;
+        (self.watch)(self.done);
+        Ok(count)
+    }
+}
+
+/// Refuses an `oci-layout` file of another version than 1, and says why.
+pub(super) fn check_marker(bytes: &[u8]) -> Result<(), &'static str> {
+    #[derive(Deserialize)]
+    struct Marker {
+        #[serde(rename = "imageLayoutVersion")]
+        version: String,
+    }
+    let marker: Marker = serde_json::from_slice(bytes).map_err(|_| "oci-layout is not valid json")?;
+    if marker.version.starts_with("1.") { Ok(()) } else { Err("image layout version is not 1") }
 }
 
 fn select<'a>(index: &'a Index, tag: Option<&str>) -> Result<&'a Descriptor, LayoutError> {

@@ -1,9 +1,10 @@
 //! OCI images: where they come from, and the verified copy of them on this machine.
 //!
 //! ```text
-//! registry (oci-client) ─┐
-//!                        ├─> store: blobs/sha256/<hex>, each verified before it gets its name ─> Image
-//! OCI layout folder     ─┘
+//! registry (oci-client)  ─┐
+//!                         ├─> store: blobs/sha256/<hex>, each verified before it gets its name ─> Image
+//! OCI layout folder      ─┤
+//! archive, stream of one ─┘
 //! ```
 //!
 //! An [`Image`] is a plain value: the digest of its manifest, its configuration, and its layers as
@@ -15,6 +16,7 @@
 //! schema 1 manifests, foreign ("non-distributable") and encrypted layers, and the `urls` field of
 //! descriptors, which would let an image choose what this host connects to.
 
+mod archive;
 mod atomic_file;
 mod builder;
 mod config;
@@ -37,6 +39,10 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::io::AsyncRead;
+
+pub use archive::ImportError;
+pub use archive::ImportOptions;
 pub(crate) use atomic_file::AtomicFile;
 pub use builder::OciImageBuilder;
 pub use builder::PullPolicy;
@@ -171,6 +177,74 @@ impl Image {
     /// Dropping the future abandons the import; the blob being copied is removed.
     pub async fn from_oci_layout(path: impl AsRef<Path>) -> Result<Self, LayoutError> {
         ImageStore::open_default().await?.import_oci_layout(path, None).await
+    }
+
+    /// Imports the image of an archive file into the user's store: an OCI layout as a tar file, or what `docker save`
+    /// writes; compressed by gzip or zstd, or not.
+    ///
+    /// The archive must hold exactly one image for `linux/amd64`; name one of several with [`ImageStore::import_archive`].
+    ///
+    /// # Errors
+    ///
+    /// [`ImportError`] says what is wrong and where; nothing half-written is left in the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the import. Blobs that were complete stay; all else is removed.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn f() -> Result<(), kiln::image::ImportError> {
+    /// let image = kiln::image::Image::from_archive("app.tar.gz").await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn from_archive(path: impl AsRef<Path>) -> Result<Self, ImportError> {
+        ImageStore::open_default().await?.import_archive(path, &ImportOptions::new()).await
+    }
+
+    /// Imports the image of an archive into the user's store as it arrives. Otherwise like [`Image::from_archive`].
+    ///
+    /// # Errors
+    ///
+    /// [`ImportError`] says what is wrong and where; nothing half-written is left in the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the import and drops the reader. Blobs that were complete stay; all else is removed.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn f() -> Result<(), kiln::image::ImportError> {
+    /// let image = kiln::image::Image::from_archive_reader(tokio::io::stdin()).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn from_archive_reader(reader: impl AsyncRead + Send + Unpin + 'static) -> Result<Self, ImportError> {
+        ImageStore::open_default().await?.import_archive_from(reader, &ImportOptions::new()).await
+    }
+
+    /// Imports the image at `path` into the user's store: a folder is an OCI layout, a file an archive.
+    ///
+    /// There must be exactly one image for `linux/amd64`; name one of several with [`ImageStore::import_path`].
+    ///
+    /// # Errors
+    ///
+    /// [`ImportError`] says what is wrong and where; nothing half-written is left in the store.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future abandons the import. Blobs that were complete stay; all else is removed.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn f() -> Result<(), kiln::image::ImportError> {
+    /// let image = kiln::image::Image::from_path("app.tar").await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn from_path(path: impl AsRef<Path>) -> Result<Self, ImportError> {
+        ImageStore::open_default().await?.import_path(path, &ImportOptions::new()).await
     }
 
     /// Digest of the image's manifest.

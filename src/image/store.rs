@@ -45,6 +45,7 @@ use crate::image::layout;
 use crate::image::manifest::Manifest;
 use crate::image::manifest::Resolved;
 use crate::image::platform::Platform;
+use crate::image::progress::Progress;
 use crate::image::reference::Reference;
 use crate::units::Bytes;
 
@@ -221,7 +222,7 @@ impl ImageStore {
     ///
     /// Dropping the future abandons the import; a blob being copied is removed.
     pub async fn import_oci_layout(&self, folder: impl AsRef<Path>, tag: Option<&str>) -> Result<Image, LayoutError> {
-        layout::import(self, folder.as_ref(), tag).await
+        layout::import(self, folder.as_ref(), tag, &Progress::default()).await
     }
 
     /// Remembers `image`, which must be of this store, under `reference`; where that means something already, it means
@@ -240,7 +241,7 @@ impl ImageStore {
         run_blocking(move || store.remember(&reference, &platform, &digest)).await
     }
 
-    fn blobs(&self) -> PathBuf {
+    pub(super) fn blobs(&self) -> PathBuf {
         self.root.join("blobs/sha256")
     }
 

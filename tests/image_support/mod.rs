@@ -24,6 +24,7 @@ use serde_json::json;
 pub mod certificates;
 pub mod proxy;
 pub mod registry;
+pub mod source;
 pub mod tokens;
 
 /// A tar archive written field by field, so that it can say what no honest tool would.
