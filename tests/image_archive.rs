@@ -464,7 +464,8 @@ async fn more_than_an_archive_may_have() {
     assert!(matches!(refused(&long).await, ImportError::Limit { .. }));
     let document = Tar::new().file("manifest.json", &vec![b' '; (4 << 20) + 1]).finish();
     assert!(matches!(refused(&document).await, ImportError::TooLarge { what, .. } if what == "manifest.json"));
-    let sparse = Tar::new().raw(b'S', b"x", b"").finish();
+    let map = [("GNU.sparse.size", &b"1099511627776"[..]), ("GNU.sparse.map", b"0,1")];
+    let sparse = Tar::new().pax(&map).file("x", b"1").finish();
     assert!(matches!(refused(&sparse).await, ImportError::Unsupported { entry, .. } if entry == "x"));
 }
 

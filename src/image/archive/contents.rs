@@ -9,6 +9,7 @@ use std::io::Read;
 
 use kiln_tree::reader::Entry;
 use kiln_tree::reader::Kind;
+use kiln_tree::reader::Piece;
 use kiln_tree::reader::Reader;
 use kiln_tree::reader::Rules;
 use sha2::Digest as _;
@@ -172,9 +173,13 @@ impl Contents {
         let mut done = 0;
         let mut chunk = vec![0; CHUNK.min(usize::try_from(size).unwrap_or(CHUNK))];
         let result = loop {
-            let bytes = match reader.read_content(&mut chunk) {
-                Ok(0) => break Ok(()),
-                Ok(count) => &chunk[..count],
+            let bytes = match reader.read_piece(&mut chunk) {
+                Ok(Piece::End) => break Ok(()),
+                Ok(Piece::Data(count)) => &chunk[..count],
+                // No blob has one, and a small archive could fill the disk with them.
+                Ok(Piece::Hole(_)) => {
+                    break Err(ImportError::Unsupported { entry: shown.to_owned(), what: "a sparse file" });
+                }
                 Err(error) => break Err(ImportError::of_archive(error, Some(shown))),
             };
             start.extend(bytes.iter().take(4_usize.saturating_sub(start.len())));
