@@ -464,8 +464,14 @@ async fn more_than_an_archive_may_have() {
     assert!(matches!(refused(&long).await, ImportError::Limit { .. }));
     let document = Tar::new().file("manifest.json", &vec![b' '; (4 << 20) + 1]).finish();
     assert!(matches!(refused(&document).await, ImportError::TooLarge { what, .. } if what == "manifest.json"));
-    let sparse = Tar::new().raw(b'S', b"x", b"").finish();
-    assert!(matches!(refused(&sparse).await, ImportError::Unsupported { entry, .. } if entry == "x"));
+    let records: [(&str, &[u8]); 3] =
+        [("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0"), ("GNU.sparse.realsize", b"1152921504606846976")];
+    let mut map = b"0\n".to_vec();
+    map.resize(512, 0);
+    let hole = Tar::new().pax(&records).file("x", &map).finish();
+    assert!(matches!(refused(&hole).await, ImportError::Limit { .. }));
+    let label = Tar::new().raw(b'V', b"x", b"").finish();
+    assert!(matches!(refused(&label).await, ImportError::Unsupported { entry, .. } if entry == "x"));
 }
 
 #[tokio::test]

@@ -221,7 +221,7 @@ async fn an_index_is_followed_to_the_wanted_platform() {
     let error = builder("linux/s390x").pull().await.unwrap_err();
     match error {
         PullError::Manifest(ManifestError::NoPlatform { wanted, available }) => {
-            assert_eq!(wanted, platform("linux/s390x"));
+            assert_eq!(*wanted, platform("linux/s390x"));
             assert_eq!(available, [platform("linux/arm64"), platform("linux/amd64")]);
         }
         other => panic!("{other:?}"),
@@ -235,7 +235,7 @@ async fn an_index_is_followed_to_the_wanted_platform() {
     assert_eq!(pull(&place, &reference).await.unwrap().config().platform, Platform::default());
     let image = builder("linux/arm64/v8").pull().await.unwrap();
     let error = image.start(VmConfig::new()).await.unwrap_err();
-    assert!(matches!(&error, StartError::Platform { image, .. } if *image == platform("linux/arm64")), "{error:?}");
+    assert!(matches!(&error, StartError::Platform { image, .. } if **image == platform("linux/arm64")), "{error:?}");
     // The store knows them apart.
     drop(registry);
     for text in ["linux/arm64", "linux/amd64"] {
@@ -280,7 +280,7 @@ async fn an_image_that_is_not_what_its_index_says() {
     let is_right = matches!(
         &error,
         PullError::Manifest(ManifestError::Config(ConfigError::Platform { found, wanted }))
-            if *found == platform("linux/arm64") && *wanted == platform("linux/amd64")
+            if **found == platform("linux/arm64") && **wanted == platform("linux/amd64")
     );
     assert!(is_right, "{error:?}");
     let layer = Digest::of(&content("linux/arm64").blob);

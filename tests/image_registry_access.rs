@@ -195,6 +195,35 @@ async fn credential_helpers_that_fail() {
     assert!(matches!(helper(&error), HelperError::Name), "{error:?}");
 }
 
+/// The default, which depends on the user's home and PATH; so the test is its own child, with others.
+#[tokio::test]
+async fn the_users_own_configuration_and_a_helper_on_the_path() {
+    const REFERENCE: &str = "KILN_TEST_REFERENCE";
+    if let Ok(reference) = std::env::var(REFERENCE) {
+        let place = Place::new().await;
+        builder(&place, &reference).pull().await.unwrap();
+        return;
+    }
+    let private = Private::new().await;
+    private.helper(&format!("echo '{}'", json!({ "Username": USER.0, "Secret": USER.1 })));
+    let home = image_support::scratch();
+    let pull = || {
+        let path = format!("{}:{}", private.folder.path().display(), std::env::var("PATH").unwrap());
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_users_own_configuration_and_a_helper_on_the_path"])
+            .env(REFERENCE, format!("{}/app:1", private.registry.address))
+            .envs([("HOME", home.path().to_str().unwrap()), ("PATH", path.as_str())])
+            .output()
+            .unwrap()
+    };
+    let nobody = pull();
+    assert!(String::from_utf8_lossy(&nobody.stdout).contains("Unauthorized"), "{nobody:?}");
+    fs::create_dir(home.path().join(".docker")).unwrap();
+    fs::copy(private.folder.path().join("config.json"), home.path().join(".docker/config.json")).unwrap();
+    let user = pull();
+    assert!(user.status.success(), "{user:?}");
+}
+
 /// The number in a file, once it is there.
 async fn number_in(path: &Path) -> String {
     loop {
@@ -272,10 +301,20 @@ async fn a_token_server_in_trouble_is_waited_for() {
     let server = TokenServer::start();
     let registry = Registry::with_tokens(&server.certificates, &server.realm);
     registry.push(layout().folder.path(), "latest", "private:1", &["--dest-creds", &credentials()]);
+    let reference = format!("{}/private:1", registry.address);
+    for auth in [RegistryAuth::identity(IDENTITY), RegistryAuth::basic(USER.0, USER.1)] {
+        let place = Place::new().await;
+        let builder = || builder(&place, &reference).auth(auth.clone());
+        server.refuse(&[503, 429]);
+        builder().retries(2).pull().await.unwrap();
+        server.refuse(&[503, 503]);
+        let error = refused(&place, builder().retries(1)).await;
+        assert!(matches!(&error, PullError::Server { status: 503, what, .. } if what == "a token"), "{error:?}");
+    }
+    server.refuse(&[429]);
     let place = Place::new().await;
-    server.refuse(&[503, 429]);
-    let pull = builder(&place, &format!("{}/private:1", registry.address)).auth(RegistryAuth::identity(IDENTITY));
-    pull.retries(2).pull().await.unwrap();
+    let error = refused(&place, builder(&place, &reference).auth(RegistryAuth::Anonymous).retries(0)).await;
+    assert!(matches!(error, PullError::RateLimited { .. }), "{error:?}");
 }
 
 #[tokio::test]
@@ -314,6 +353,11 @@ async fn certificates_are_trusted_by_authority_or_not_at_all() {
     assert!(error.to_string().contains("ca_certificate"), "it says what to do: {error}");
     let other = Certificates::new().read("ca.pem");
     let error = refused(&place, with(Tls::new().ca_certificate(other).into())).await;
+    assert!(matches!(error, PullError::Certificate { .. }), "{error:?}");
+    // The right one, made for another name of this machine.
+    let by_name = reference.replace("127.0.0.1", "localhost");
+    let right = Tls::new().ca_certificate(certificates.read("ca.pem"));
+    let error = refused(&place, builder(&place, &by_name).auth(RegistryAuth::Anonymous).transport(right)).await;
     assert!(matches!(error, PullError::Certificate { .. }), "{error:?}");
     let error = refused(&place, with(Tls::new().ca_certificate("no certificate").into())).await;
     assert!(matches!(error, PullError::CaCertificate(_)), "{error:?}");

@@ -167,9 +167,24 @@ async fn silence_is_a_broken_connection() {
     let scene = Scene::new().await;
     scene.proxy.always("/manifests/", Fault::Stall(10));
     let error = scene.fails(scene.builder().step_timeout(Duration::from_millis(300)).retries(1)).await;
-    // Whichever of the two equal deadlines is noticed first: the transport's or the step's.
-    assert!(matches!(error, PullError::Timeout { .. } | PullError::Network { .. }), "{error:?}");
+    assert!(matches!(error, PullError::Timeout { .. }), "{error:?}");
     assert_eq!(scene.proxy.seen("/manifests/").len(), 2);
+}
+
+#[tokio::test]
+async fn a_blob_that_trickles_has_a_deadline_as_a_whole() {
+    let registry = Registry::open();
+    let layer = LayerBlob::gzip(&Tar::new().file("a", b"small").finish());
+    let part = Digest::of(&layer.blob).to_string();
+    registry.push(Layout::of(&[layer]).folder.path(), "latest", "app:1", &[]);
+    let proxy = Proxy::before(&registry.address).await;
+    proxy.always(&part, Fault::Drip(Duration::from_millis(100)));
+    let place = Place::new().await;
+    let limit = Duration::from_secs(1);
+    let pull = Image::builder(format!("{}/app:1", proxy.address)).store(place.store.clone()).step_timeout(limit);
+    let error = pull.retries(0).pull().await.unwrap_err();
+    assert!(matches!(error, PullError::Timeout { limit: named, .. } if named == limit), "{error:?}");
+    assert_eq!(place.debris(), [""; 0]);
 }
 
 #[tokio::test]
@@ -242,6 +257,13 @@ async fn a_blob_that_is_elsewhere() {
     scene.proxy.fault(&scene.blob(), &[Fault::Redirect, Fault::Cut(1000), Fault::Redirect]);
     scene.pulls(scene.builder()).await;
     assert_eq!(scene.proxy.ranges("/moved"), ["", "bytes=1000-"]);
+    // What is for the registry is not shown to where it sends us.
+    let place = Place::new().await;
+    scene.proxy.fault(&scene.blob(), &[Fault::Redirect]);
+    scene.builder().store(place.store.clone()).auth(RegistryAuth::bearer("secret")).pull().await.unwrap();
+    let shown = |part: &str| scene.proxy.seen(part).pop().unwrap().authorization;
+    assert_eq!(shown("/manifests/").as_deref(), Some("Bearer secret"));
+    assert_eq!(shown("/moved"), None);
 }
 
 #[tokio::test]
@@ -328,6 +350,27 @@ async fn as_many_blobs_at_once_as_allowed_and_each_once() {
     missing.policy(kiln::PullPolicy::Missing).pull().await.unwrap();
     let asked: Vec<_> = proxy.seen("/blobs/").split_off(before).into_iter().map(|seen| seen.path).collect();
     assert!(asked.len() == 1 && asked[0].contains(&lost.to_string()), "{asked:?}");
+}
+
+#[tokio::test]
+async fn no_more_blobs_at_once_than_allowed_and_one_failure_ends_them_all() {
+    let registry = Registry::open();
+    let tar = |name: &str| LayerBlob::gzip(&Tar::new().file(name, name.as_bytes()).finish());
+    let layers = ["a", "b", "c", "d", "e"].map(tar);
+    registry.push(Layout::of(&layers).folder.path(), "latest", "app:1", &[]);
+    for limit in [1, 2, 4] {
+        let proxy = Proxy::before(&registry.address).await;
+        for layer in &layers {
+            proxy.always(&Digest::of(&layer.blob).to_string(), Fault::Stall(5));
+        }
+        let place = Place::new().await;
+        let pull = Image::builder(format!("{}/app:1", proxy.address)).store(place.store.clone()).parallel_blobs(limit);
+        let error = pull.retries(0).step_timeout(Duration::from_secs(1)).pull().await.unwrap_err();
+        assert!(matches!(error, PullError::Timeout { .. }), "{error:?}");
+        assert_eq!(place.debris(), [""; 0]);
+        // And the configuration.
+        assert_eq!(proxy.seen("/blobs/").len(), limit + 1);
+    }
 }
 
 /// Polls `future` at most `polls` times, each when it asks for it; `None` if that was not enough.

@@ -17,7 +17,12 @@ fn report(fault: Fault, only: &[&str]) -> Report {
 
 /// What was seen where the case `id` fails because of `fault`; it holds for the same agent without the fault.
 fn seen(fault: Fault, id: &str) -> String {
-    let sound = report(Fault::None, &[id]);
+    seen_beside(Fault::None, fault, id)
+}
+
+/// As [`seen`], beside an agent that is as sound as `sound` says.
+fn seen_beside(sound: Fault, fault: Fault, id: &str) -> String {
+    let sound = report(sound, &[id]);
     assert_eq!(sound.verdict(id), Some(&Verdict::Holds), "without a fault\n{sound}");
     let broken = report(fault, &[id]);
     match broken.verdict(id) {
@@ -109,4 +114,43 @@ fn a_workload_that_is_announced_and_not_served_is_noticed() {
     let only: Vec<_> = (117..=132).filter(|number| *number != 118).map(|number| format!("A{number}")).collect();
     let report = report(Fault::PromisesWorkload, &only.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(report.summary(), "0 passed, 15 failed, 0 skipped", "{report}");
+}
+
+#[test]
+fn a_sound_workload_keeps_every_case() {
+    let only: Vec<_> = (117..=132).filter(|number| *number != 118).map(|number| format!("A{number}")).collect();
+    let report = report(Fault::Workload, &only.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(report.summary(), "15 passed, 0 failed, 0 skipped", "{report}");
+}
+
+#[test]
+fn a_second_workload_beside_the_first_is_noticed() {
+    seen_beside(Fault::Workload, Fault::StartsTwice, "A119");
+}
+
+#[test]
+fn one_run_taken_for_another_is_noticed() {
+    seen_beside(Fault::Workload, Fault::MixesRunsUp, "A132");
+}
+
+#[test]
+fn lost_bytes_that_nobody_tells_of_are_noticed() {
+    let seen = seen_beside(Fault::Workload, Fault::ForgetsLost, "A127");
+    assert!(seen.contains("0 lost of 4000007"), "{seen}");
+}
+
+#[test]
+fn a_workload_that_waits_for_its_readers_is_noticed() {
+    seen_beside(Fault::Workload, Fault::HoldsWorkloadUp, "A126");
+}
+
+#[test]
+fn a_workload_that_goes_with_its_host_is_noticed() {
+    seen_beside(Fault::Workload, Fault::WorkloadDiesWithHost, "A129");
+}
+
+#[test]
+fn a_signal_for_the_workloads_leader_only_is_noticed() {
+    let seen = seen_beside(Fault::Workload, Fault::WorkloadSignalsLeaderOnly, "A131");
+    assert!(seen.contains("still running"), "{seen}");
 }

@@ -109,7 +109,8 @@ pub(crate) fn start(request: &Request, shared: &mut Shared) -> Result<ControlAck
 pub(crate) fn on_exit(reaped: Reaped, shared: &mut Shared) {
     // Taken out, because the process needs the rest of what is shared.
     match std::mem::take(&mut shared.workload.state) {
-        State::Running(mut running) => {
+        // Not one whose start failed after all, and which was killed.
+        State::Running(mut running) if running.process.pid() == Some(reaped.pid) => {
             running.ran = Some(running.run.began.elapsed());
             running.process.on_exit(reaped, OWN, shared);
             running.process.read_outputs(&mut Turn::new(&mut running.log));

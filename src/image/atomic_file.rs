@@ -5,6 +5,7 @@
 //! can tell the debris of a killed process (lock free) from a write in progress (lock held) without
 //! guessing by age.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::fs::File;
 use std::fs::OpenOptions;
@@ -89,23 +90,32 @@ impl AtomicFile {
         }
     }
 
-    /// Removes what killed writers left in `folder`; writes in progress are untouched. Blocking.
-    pub(crate) fn sweep(folder: &Path) -> io::Result<()> {
+    /// Removes what killed writers left in `folder`; writes in progress are untouched. How many files that were. Blocking.
+    pub(crate) fn sweep(folder: &Path) -> io::Result<u64> {
+        let mut removed = 0;
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
-            if !entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) || !entry.file_type()?.is_file() {
+            if !is_temporary(&entry.file_name()) || !entry.file_type()?.is_file() {
                 continue;
             }
             // Gone meanwhile: its writer has finished.
             let Ok(file) = File::open(entry.path()) else { continue };
             match file.try_lock() {
-                Ok(()) => remove_if_present(&entry.path())?,
+                Ok(()) => {
+                    remove_if_present(&entry.path())?;
+                    removed += 1;
+                }
                 Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(error)) => return Err(error),
             }
         }
-        Ok(())
+        Ok(removed)
     }
+}
+
+/// Whether a file of this name is one that has not got its own name yet.
+pub(crate) fn is_temporary(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
 }
 
 fn remove_if_present(path: &Path) -> io::Result<()> {

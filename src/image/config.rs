@@ -57,9 +57,9 @@ pub enum ConfigError {
     #[error("image is for {found}, not {wanted}")]
     Platform {
         /// What its configuration says.
-        found: Platform,
+        found: Box<Platform>,
         /// What was asked for.
-        wanted: Platform,
+        wanted: Box<Platform>,
     },
     /// A text contains a NUL byte, which no process can receive.
     #[error("{field} contains a nul byte")]
@@ -179,7 +179,7 @@ impl ImageConfig {
         if found.os == wanted.os && found.architecture == wanted.architecture {
             return Ok(());
         }
-        Err(ConfigError::Platform { found: found.clone(), wanted: wanted.clone() })
+        Err(ConfigError::Platform { found: Box::new(found.clone()), wanted: Box::new(wanted.clone()) })
     }
 
     fn check(&self) -> Result<(), ConfigError> {

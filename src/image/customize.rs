@@ -28,6 +28,7 @@ use crate::image::manifest::OCI_CONFIG;
 use crate::image::manifest::OCI_LAYER;
 use crate::image::manifest::OCI_MANIFEST;
 use crate::image::store::ImageStore;
+use crate::image::store::Lease;
 use crate::image::store::StoreError;
 
 type Object = Map<String, Value>;
@@ -242,8 +243,10 @@ fn is_file_path(path: &str) -> bool {
 pub(super) fn customize(store: &ImageStore, image: &Image, changes: &ImageChanges) -> Result<Image, CustomizeError> {
     changes.check()?;
     let (mut manifest, mut config) = documents(store, image)?;
+    let mut kept = None;
     if !changes.files.is_empty() {
-        let (digest, size) = write_layer(store, &changes.files)?;
+        let (digest, size, lease) = write_layer(store, &changes.files)?;
+        kept = Some(lease);
         let layer = json!({ "mediaType": OCI_LAYER, "digest": digest, "size": size });
         list(&mut manifest, "layers").push(layer);
         list(object(&mut config, "rootfs"), "diff_ids").push(json!(digest));
@@ -255,11 +258,16 @@ pub(super) fn customize(store: &ImageStore, image: &Image, changes: &ImageChange
     let config = Value::Object(config).to_string().into_bytes();
     // Nothing gets into the store that could not be read back.
     ImageConfig::parse(&config)?;
-    let config_digest = put(store, &config)?;
+    let config_digest = Digest::of(&config);
     manifest.insert("mediaType".to_owned(), json!(OCI_MANIFEST));
-    manifest
-        .insert("config".to_owned(), json!({ "mediaType": OCI_CONFIG, "digest": config_digest, "size": config.len() }));
-    let digest = put(store, Value::Object(manifest).to_string().as_bytes())?;
+    let descriptor = json!({ "mediaType": OCI_CONFIG, "digest": config_digest, "size": config.len() });
+    manifest.insert("config".to_owned(), descriptor);
+    let manifest = Value::Object(manifest).to_string().into_bytes();
+    let digest = Digest::of(&manifest);
+    // Until the image keeps its blobs itself.
+    let _lease = (store.lease(&[config_digest, digest])?, kept);
+    store.put_small(&config_digest, &config)?;
+    store.put_small(&digest, &manifest)?;
     store.load(&digest).map_err(manifest_error)?.ok_or(CustomizeError::Gone(digest))
 }
 
@@ -279,12 +287,6 @@ fn manifest_error(error: ManifestError) -> CustomizeError {
         ManifestError::Store(error) => CustomizeError::Store(error),
         error => CustomizeError::Manifest(Box::new(error)),
     }
-}
-
-fn put(store: &ImageStore, bytes: &[u8]) -> Result<Digest, CustomizeError> {
-    let digest = Digest::of(bytes);
-    store.put_small(&digest, bytes)?;
-    Ok(digest)
 }
 
 /// The object at `key`, made if there is `null` or nothing: both are what builders write for an empty one.
@@ -335,8 +337,8 @@ fn configure(config: &mut Object, changes: &ImageChanges) {
     }
 }
 
-/// Writes the files as a layer; returns its digest and size.
-fn write_layer(store: &ImageStore, files: &[ImageFile]) -> Result<(Digest, u64), CustomizeError> {
+/// Writes the files as a layer; returns its digest and size, and what keeps it.
+fn write_layer(store: &ImageStore, files: &[ImageFile]) -> Result<(Digest, u64, Lease), CustomizeError> {
     store.put_written(|out, path| {
         let mut archive = tar::Builder::new(out);
         files.iter().try_for_each(|file| append(&mut archive, file, path))?;

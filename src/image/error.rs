@@ -58,7 +58,7 @@ pub enum ManifestError {
     #[error("no image for {wanted}, only for {}", platforms(available))]
     NoPlatform {
         /// What was asked for.
-        wanted: Platform,
+        wanted: Box<Platform>,
         /// What there is; the first few.
         available: Vec<Platform>,
     },

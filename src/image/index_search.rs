@@ -100,7 +100,10 @@ impl IndexSearch {
     }
 
     fn no_platform(&mut self) -> ManifestError {
-        ManifestError::NoPlatform { wanted: self.wanted.clone(), available: std::mem::take(&mut self.available) }
+        ManifestError::NoPlatform {
+            wanted: Box::new(self.wanted.clone()),
+            available: std::mem::take(&mut self.available),
+        }
     }
 }
 

@@ -30,6 +30,7 @@ use crate::image::progress::Progress;
 use crate::image::progress::ProgressEvent;
 use crate::image::store::ExpectedBlob;
 use crate::image::store::ImageStore;
+use crate::image::store::Lease;
 use crate::image::store::run_blocking;
 
 /// See [`ImageStore::import_oci_layout`].
@@ -44,11 +45,11 @@ pub(super) async fn import(
     progress.send(ProgressEvent::Resolving { reference: folder.display().to_string() });
     let layout = Layout { folder: folder.to_owned() };
     let (store_, tag) = (store.clone(), tag.map(str::to_owned));
-    let (layout, digest, manifest, config) = run_blocking(move || {
-        let (digest, manifest) = layout.resolve(&store_, tag.as_deref())?;
+    let (layout, digest, manifest, config, _lease) = run_blocking(move || {
+        let (digest, manifest, lease) = layout.resolve(&store_, tag.as_deref())?;
         let config = layout.read_blob("configuration", &manifest.config, ImageConfig::MAX_SIZE)?;
         store_.put_small(&manifest.config.digest, &config)?;
-        Ok::<_, LayoutError>((layout, digest, manifest, config))
+        Ok::<_, LayoutError>((layout, digest, manifest, config, lease))
     })
     .await?;
     let layers = manifest.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
@@ -57,9 +58,13 @@ pub(super) async fn import(
         let (store, layout, layer, progress) = (store.clone(), layout.clone(), layer.clone(), progress.clone());
         run_blocking(move || layout.copy_layer(&store, index, &layer, &progress)).await?;
     }
-    let image = store.assemble(digest, &manifest, &config)?;
-    image.config().require(&Platform::default()).map_err(ManifestError::from)?;
-    Ok(image)
+    let store = store.clone();
+    run_blocking(move || {
+        let image = store.assemble(digest, &manifest, &config)?;
+        image.config().require(&Platform::default()).map_err(ManifestError::from)?;
+        Ok(image)
+    })
+    .await
 }
 
 #[derive(Clone)]
@@ -68,13 +73,14 @@ struct Layout {
 }
 
 impl Layout {
-    /// Follows the tag through indexes to an image manifest; both end up in the store.
-    fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest), LayoutError> {
+    /// Follows the tag through indexes to an image manifest, which ends up in the store; all of the image is kept from now on.
+    fn resolve(&self, store: &ImageStore, tag: Option<&str>) -> Result<(Digest, Manifest, Lease), LayoutError> {
         self.check_version()?;
         let read = |descriptor: &Descriptor| self.read_blob("manifest", descriptor, Manifest::MAX_SIZE);
         let (digest, bytes, manifest) = find_image(self.entry(tag)?, Platform::default(), read)?;
+        let lease = store.lease(&manifest.blobs(digest))?;
         store.put_small(&digest, &bytes)?;
-        Ok((digest, manifest))
+        Ok((digest, manifest, lease))
     }
 
     fn check_version(&self) -> Result<(), LayoutError> {

@@ -67,6 +67,11 @@ impl Manifest {
     /// What registries accept at most (distribution-spec, "Pushing Manifests"), in bytes.
     pub(super) const MAX_SIZE: u64 = 4 << 20;
 
+    /// The blobs of the image of this manifest, whose own digest is `own`.
+    pub(super) fn blobs(&self, own: Digest) -> Vec<Digest> {
+        [own, self.config.digest].into_iter().chain(self.layers.iter().map(|layer| layer.digest)).collect()
+    }
+
     fn check(&self) -> Result<(), ManifestError> {
         if self.layers.len() > MAX_LAYERS {
             return Err(ManifestError::TooManyLayers { found: self.layers.len(), limit: MAX_LAYERS });

@@ -72,8 +72,13 @@ pub use registry::RegistryAuth;
 pub use registry::RegistryTransport;
 pub use registry::Tls;
 pub use store::BlobError;
+pub use store::Collected;
 pub use store::ImageStore;
+use store::Lease;
 pub use store::StoreError;
+pub use store::StoreOptions;
+pub use store::StoredImage;
+pub use store::Verified;
 pub(crate) use store::run_blocking;
 
 /// One layer of an image: a compressed or plain tar archive in the store.
@@ -106,7 +111,8 @@ impl Layer {
 
 /// A verified image whose blobs are in a local store.
 ///
-/// Cheap to clone. Dropping it does nothing: the blobs stay in the store.
+/// Cheap to clone. For as long as it lives no collection of garbage, in whatever process, removes its blobs; dropping it
+/// removes nothing.
 #[derive(Clone)]
 pub struct Image {
     inner: Arc<Inner>,
@@ -117,11 +123,13 @@ struct Inner {
     config: ImageConfig,
     layers: Vec<Layer>,
     store: ImageStore,
+    /// What of the store must stay for as long as this value and its clones live.
+    _lease: Lease,
 }
 
 impl Image {
-    fn new(digest: Digest, config: ImageConfig, layers: Vec<Layer>, store: ImageStore) -> Self {
-        Self { inner: Arc::new(Inner { digest, config, layers, store }) }
+    fn new(digest: Digest, config: ImageConfig, layers: Vec<Layer>, store: ImageStore, lease: Lease) -> Self {
+        Self { inner: Arc::new(Inner { digest, config, layers, store, _lease: lease }) }
     }
 
     /// Pulls `reference` into the user's store and returns the verified image.
@@ -275,9 +283,8 @@ impl Image {
     /// without layers, the digest of nothing. Images with the same chain have the same files.
     #[must_use]
     pub fn chain_id(&self) -> Digest {
-        let mut ids = self.inner.layers.iter().map(|layer| layer.diff_id);
-        let lowest = ids.next().unwrap_or_else(|| Digest::of(b""));
-        ids.fold(lowest, |chain, id| Digest::of(format!("{chain} {id}").as_bytes()))
+        let ids: Vec<_> = self.inner.layers.iter().map(|layer| layer.diff_id).collect();
+        chain_id(&ids)
     }
 
     /// The store that has the layers' blobs, and what is made from them.
@@ -295,6 +302,12 @@ impl Image {
     pub(crate) fn discard_damaged_layer(&self, layer: &Layer) -> io::Result<bool> {
         self.inner.store.discard_damaged(layer.digest())
     }
+}
+
+/// See [`Image::chain_id`].
+fn chain_id(diff_ids: &[Digest]) -> Digest {
+    let Some((lowest, others)) = diff_ids.split_first() else { return Digest::of(b"") };
+    others.iter().fold(*lowest, |chain, id| Digest::of(format!("{chain} {id}").as_bytes()))
 }
 
 impl fmt::Debug for Image {

@@ -4,12 +4,20 @@
 //! <store>/blobs/sha256/<hex>          a blob; its content had this digest when it was written
 //! <store>/blobs/sha256/.tmp-<random>  a blob being written (see `atomic_file`)
 //! <store>/derived/<hex>-<what>         made from layers: <hex> is a diff id or a chain id; see `rootfs`
+//! <store>/leases/.tmp-<random>        what is in use (see `lease`)
+//! <store>/claims/<hex>                who does which work (see `lock`)
+//! <store>/lock                        whether garbage is being collected
 //! <store>/references/<hex>            what a reference resolved to; <hex> = sha256 of the reference and platform
 //! ```
 //!
 //! A blob gets its name only after its digest and size have been checked and its bytes synced, so
 //! a crash at any instant leaves a store that opens. Several processes may share a store: writers
 //! of the same blob write the same bytes, and the last rename wins.
+
+mod collect;
+mod lease;
+mod lock;
+mod quota;
 
 use std::fs;
 use std::fs::File;
@@ -20,6 +28,7 @@ use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sha2::Digest as _;
 use sha2::Sha256;
@@ -27,6 +36,7 @@ use sha2::Sha256;
 use crate::image::Image;
 use crate::image::Layer;
 use crate::image::atomic_file::AtomicFile;
+use crate::image::chain_id;
 use crate::image::config::ImageConfig;
 use crate::image::digest::Digest;
 use crate::image::error::LayoutError;
@@ -37,6 +47,13 @@ use crate::image::manifest::Resolved;
 use crate::image::platform::Platform;
 use crate::image::progress::Progress;
 use crate::image::reference::Reference;
+use crate::units::Bytes;
+
+pub use collect::Collected;
+pub use collect::StoredImage;
+pub use collect::Verified;
+pub(crate) use lease::Lease;
+pub use quota::StoreOptions;
 
 /// How many bytes are read or copied at once.
 const COPY_CHUNK: usize = 256 << 10;
@@ -45,6 +62,7 @@ const COPY_CHUNK: usize = 256 << 10;
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     root: Arc<Path>,
+    quota: Option<Bytes>,
 }
 
 /// Why the store itself failed.
@@ -66,11 +84,39 @@ pub enum StoreError {
     /// The runtime is shutting down.
     #[error("the runtime is shutting down")]
     Shutdown,
+    /// The file system under the store is full, or the user's share of it.
+    #[error("no space left for the image store at {path}")]
+    DiskFull {
+        /// Where.
+        path: PathBuf,
+    },
+    /// More than the store's [quota](StoreOptions::quota) allows, also after garbage was collected.
+    #[error("{} more bytes than the {} that the image store has would exceed its quota of {}", .needed.0, .used.0, .limit.0)]
+    Quota {
+        /// The quota.
+        limit: Bytes,
+        /// What the store takes.
+        used: Bytes,
+        /// What was to be added.
+        needed: Bytes,
+    },
+    /// Another process collects garbage and does not come to an end.
+    #[error("the image store is locked at {path}, still after {after:?}")]
+    Busy {
+        /// The lock.
+        path: PathBuf,
+        /// How long it was waited for.
+        after: Duration,
+    },
 }
 
 impl StoreError {
-    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
-        move |source| Self::Io { path: path.to_owned(), source }
+    /// What a failure at `path` means.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path: path.to_owned() },
+            _ => Self::Io { path: path.to_owned(), source },
+        }
     }
 }
 
@@ -122,16 +168,25 @@ impl ImageStore {
     ///
     /// Safe to drop; the folder may have been created.
     pub async fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
-        let root: PathBuf = root.into();
-        run_blocking(move || {
-            let store = Self { root: root.into() };
-            for folder in [store.blobs(), store.derived(), store.references()] {
-                fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
-                AtomicFile::sweep(&folder).map_err(StoreError::io(&folder))?;
-            }
-            Ok(store)
-        })
-        .await
+        Self::options().open(root).await
+    }
+
+    /// Starts the description of how to open a store.
+    pub fn options() -> StoreOptions {
+        StoreOptions::default()
+    }
+
+    fn open_blocking(root: PathBuf, options: StoreOptions) -> Result<Self, StoreError> {
+        let store = Self { root: root.into(), quota: options.quota };
+        for folder in [store.blobs(), store.derived(), store.references(), store.leases(), store.claims()] {
+            fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
+        }
+        store.sweep_debris()?;
+        Ok(store)
+    }
+
+    const fn quota(&self) -> Option<Bytes> {
+        self.quota
     }
 
     /// Opens the user's store, `~/.cache/kiln/images`.
@@ -252,24 +307,31 @@ impl ImageStore {
         if self.contains(digest, bytes.len() as u64) {
             return Ok(());
         }
+        self.reserve(bytes.len() as u64)?;
         let path = self.blob_path(digest);
         AtomicFile::write(&path, bytes).map_err(StoreError::io(&path))
     }
 
-    /// Stores the blob that `write` writes, which is also told where, for its errors; returns its digest and size. Blocking.
+    /// Stores the blob that `write` writes, which is also told where, for its errors; returns its digest and size, and
+    /// keeps it. Blocking.
     pub(super) fn put_written<E: From<StoreError>>(
         &self,
         write: impl FnOnce(&mut dyn Write, &Path) -> Result<(), E>,
-    ) -> Result<(Digest, u64), E> {
+    ) -> Result<(Digest, u64, Lease), E> {
         let folder = self.blobs();
         let file = AtomicFile::create(&folder).map_err(StoreError::io(&folder))?;
         let written =
             Hashed::write_all_of(file.file(), |out| write(out, &folder), |error| StoreError::io(&folder)(error).into());
-        match written {
-            Ok((digest, size)) => {
+        // What is written counts as used already.
+        let kept = written.and_then(|(digest, size)| {
+            self.reserve(0)?;
+            Ok((digest, size, self.lease(&[digest])?))
+        });
+        match kept {
+            Ok((digest, size, lease)) => {
                 let path = self.blob_path(&digest);
                 file.commit(&path).map_err(StoreError::io(&path))?;
-                Ok((digest, size))
+                Ok((digest, size, lease))
             }
             Err(error) => {
                 file.discard();
@@ -289,7 +351,7 @@ impl ImageStore {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => {
                     let path = writer.discard();
-                    return Err(StoreError::Io { path, source }.into());
+                    return Err(StoreError::io(&path)(source).into());
                 }
             };
             writer = writer.write(&chunk[..count])?;
@@ -332,15 +394,18 @@ impl ImageStore {
         self.assemble(*manifest, &parsed, &config).map(Some)
     }
 
-    /// Joins a manifest and its configuration, whose blobs are all here, to an image.
+    /// Joins a manifest and its configuration to an image, which keeps its blobs from now on. Blocking.
     pub(super) fn assemble(&self, digest: Digest, manifest: &Manifest, config: &[u8]) -> Result<Image, ManifestError> {
         let (config, diff_ids) = ImageConfig::parse(config)?;
         if diff_ids.len() != manifest.layers.len() {
             return Err(ManifestError::LayerCount { manifest: manifest.layers.len(), config: diff_ids.len() });
         }
+        let mut needs = vec![digest, manifest.config.digest, chain_id(&diff_ids)];
         let layers = manifest.layers.iter().zip(diff_ids);
-        let layers = layers.map(|(layer, diff_id)| Layer { digest: layer.digest, diff_id, size: layer.size });
-        Ok(Image::new(digest, config, layers.collect(), self.clone()))
+        let layers: Vec<_> =
+            layers.map(|(layer, diff_id)| Layer { digest: layer.digest, diff_id, size: layer.size }).collect();
+        needs.extend(layers.iter().flat_map(|layer| [layer.digest, layer.diff_id]));
+        Ok(Image::new(digest, config, layers, self.clone(), self.lease(&needs)?))
     }
 }
 
@@ -365,6 +430,7 @@ pub(super) struct BlobWriter {
 
 impl BlobWriter {
     pub(super) fn create(store: &ImageStore, expected: ExpectedBlob) -> Result<Self, StoreError> {
+        store.reserve(expected.size)?;
         let folder = store.blobs();
         let file = AtomicFile::create(&folder).map_err(StoreError::io(&folder))?;
         let target = store.blob_path(&expected.digest);
@@ -387,7 +453,7 @@ impl BlobWriter {
         self.hasher.update(bytes);
         if let Err(source) = self.file.file().write_all(bytes) {
             let path = self.discard();
-            return Err(StoreError::Io { path, source }.into());
+            return Err(StoreError::io(&path)(source).into());
         }
         Ok(self)
     }
@@ -396,7 +462,7 @@ impl BlobWriter {
         let Self { file, target, expected, hasher, written } = self;
         let found = Digest::from_hasher(hasher);
         if written == expected.size && found == expected.digest {
-            return file.commit(&target).map_err(|source| StoreError::Io { path: target, source }.into());
+            return Ok(file.commit(&target).map_err(StoreError::io(&target))?);
         }
         file.discard();
         if written < expected.size {

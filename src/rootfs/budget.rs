@@ -12,12 +12,17 @@ pub(super) struct Budget {
     limits: Limits,
     entries: AtomicU64,
     archive_bytes: AtomicU64,
+    content_bytes: AtomicU64,
 }
 
 impl Budget {
     pub(super) const fn new(limits: Limits) -> Self {
-        let (entries, archive_bytes) = (AtomicU64::new(limits.entries), AtomicU64::new(limits.archive_bytes));
-        Self { limits, entries, archive_bytes }
+        Self {
+            limits,
+            entries: AtomicU64::new(limits.entries),
+            archive_bytes: AtomicU64::new(limits.archive_bytes),
+            content_bytes: AtomicU64::new(limits.content_bytes),
+        }
     }
 
     pub(super) fn entries(&self, count: u64) -> Result<(), LayerErrorKind> {
@@ -29,6 +34,11 @@ impl Budget {
         let limit = self.limits.archive_bytes;
         let limit = LayerErrorKind::Limit { what: "bytes in the layers' archives", limit };
         take(&self.archive_bytes, count).ok_or(limit)
+    }
+
+    pub(super) fn content_bytes(&self, count: u64) -> Result<(), LayerErrorKind> {
+        let limit = LayerErrorKind::Limit { what: "bytes of files' content", limit: self.limits.content_bytes };
+        take(&self.content_bytes, count).ok_or(limit)
     }
 }
 

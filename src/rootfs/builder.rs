@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use futures::StreamExt;
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,9 @@ struct Build {
     distinct: Distinct,
     abandoned: CancellationToken,
 }
+
+/// How long another conversion of the same layer is waited for: longer than any takes.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(600);
 
 impl Builder {
     /// For `image`, with the default limits.
@@ -141,11 +145,20 @@ impl Build {
     /// Converts several layers at a time. After an error the others are abandoned and waited for, so that nothing of them
     /// is left.
     async fn convert(self: &Arc<Self>, parallel: Option<NonZeroUsize>) -> Result<Vec<Index>, RootfsError> {
-        let parallel = parallel.map_or_else(default_parallel, NonZeroUsize::get);
+        let parallel = match parallel {
+            Some(parallel) => parallel.get(),
+            // It may read files to find out.
+            None => run_blocking(|| Ok::<_, RootfsError>(default_parallel())).await?,
+        };
         let budget = Arc::new(Budget::new(self.limits));
         let conversions = (0..self.distinct.layers.len()).map(|number| {
             let (build, budget) = (Arc::clone(self), Arc::clone(&budget));
-            run_blocking(move || build.convert_one(number, &budget).inspect_err(|_| build.abandoned.cancel()))
+            async move {
+                // Somebody else's conversion of this layer is worth waiting for.
+                let name = format!("convert {}", build.distinct.layers[number].diff_id());
+                let _claim = build.image.store().claim(&name, CLAIM_PATIENCE).await?;
+                run_blocking(move || build.convert_one(number, &budget).inspect_err(|_| build.abandoned.cancel())).await
+            }
         });
         let results: Vec<_> = futures::stream::iter(conversions).buffered(parallel).collect().await;
         let mut indexes = Vec::with_capacity(results.len());

@@ -5,12 +5,11 @@
 
 use std::fs::File;
 use std::io;
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 use crate::rootfs::erofs::BLOCK;
 use crate::rootfs::error::LayerErrorKind;
-use crate::rootfs::tar_reader::read_error;
+use crate::rootfs::tar_reader::Piece;
 
 /// Gathered before it is written, in bytes: a system call for each small file would be most of the work.
 const BUFFER: usize = 1 << 20;
@@ -44,30 +43,53 @@ impl<'a> ContentWriter<'a> {
         Self { file, buffer: vec![0; BUFFER].into(), filled: 0, position: 0, next: 0 }
     }
 
-    /// Stores exactly `size` bytes of `content`; returns the block they start at.
-    pub(super) fn append(&mut self, content: &mut impl Read, size: u64) -> Result<u32, AppendError> {
+    /// Stores a content of exactly `size` bytes, of which `next` gives piece after piece; returns the block it starts at.
+    pub(super) fn append(
+        &mut self,
+        mut next: impl FnMut(&mut [u8]) -> Result<Piece, LayerErrorKind>,
+        size: u64,
+    ) -> Result<u32, AppendError> {
         let start = self.next;
         let limit = LayerErrorKind::Limit { what: "blocks of content", limit: u64::from(u32::MAX) };
         let blocks = u32::try_from(size.div_ceil(BLOCK as u64)).ok();
-        let next = blocks.and_then(|blocks| start.checked_add(blocks)).ok_or(AppendError::Layer(limit))?;
-        self.data(content, size)?;
-        self.pad()?;
-        self.next = next;
-        Ok(start)
-    }
-
-    /// The next `length` bytes of a content that is being stored.
-    fn data(&mut self, content: &mut impl Read, length: u64) -> Result<(), AppendError> {
-        let mut left = length;
+        let end = blocks.and_then(|blocks| start.checked_add(blocks)).ok_or(AppendError::Layer(limit))?;
+        let mut left = size;
         while left > 0 {
             let free = &mut self.buffer[self.filled..];
             let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(free.len());
-            let count = content.read(&mut free[..wanted]).map_err(|error| AppendError::Layer(read_error(error)))?;
-            if count == 0 {
-                return Err(AppendError::Layer(LayerErrorKind::Truncated));
+            let length = match next(&mut free[..wanted]).map_err(AppendError::Layer)? {
+                Piece::End => return Err(AppendError::Layer(LayerErrorKind::Truncated)),
+                Piece::Data(count) => {
+                    self.advance(count)?;
+                    count as u64
+                }
+                Piece::Hole(length) => {
+                    self.hole(length.min(left))?;
+                    length
+                }
+            };
+            left = left.saturating_sub(length);
+        }
+        self.pad()?;
+        self.next = end;
+        Ok(start)
+    }
+
+    /// Zeros, of which only those that share a buffer with something else are looked at.
+    fn hole(&mut self, mut length: u64) -> Result<(), AppendError> {
+        let buffer = self.buffer.len() as u64;
+        while length > 0 {
+            if self.filled == 0 && length >= buffer {
+                let whole = length - length % buffer;
+                self.position += whole;
+                length -= whole;
+                continue;
             }
-            left -= count as u64;
+            let free = &mut self.buffer[self.filled..];
+            let count = usize::try_from(length).unwrap_or(usize::MAX).min(free.len());
+            free[..count].fill(0);
             self.advance(count)?;
+            length -= count as u64;
         }
         Ok(())
     }
@@ -113,6 +135,7 @@ impl<'a> ContentWriter<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::io::Seek;
     use std::os::unix::fs::MetadataExt;
 
@@ -120,14 +143,45 @@ mod tests {
 
     use super::*;
 
+    /// The pieces of a content that is in memory.
+    fn pieces(mut content: &[u8]) -> impl FnMut(&mut [u8]) -> Result<Piece, LayerErrorKind> {
+        move |buffer| {
+            Ok(match content.read(buffer).unwrap() {
+                0 => Piece::End,
+                count => Piece::Data(count),
+            })
+        }
+    }
+
+    #[test]
+    fn a_hole_of_a_tebibyte_takes_neither_time_nor_room() {
+        let mut file = tempfile::tempfile().unwrap();
+        let mut writer = ContentWriter::new(&file);
+        let mut parts = [Piece::Data(3), Piece::Hole((1 << 40) + 5), Piece::Data(4)].into_iter();
+        let next = |buffer: &mut [u8]| {
+            let piece = parts.next().unwrap();
+            if let Piece::Data(count) = piece {
+                buffer[..count].fill(9);
+            }
+            Ok(piece)
+        };
+        writer.append(next, (1 << 40) + 12).unwrap();
+        writer.finish().unwrap();
+        assert!(file.metadata().unwrap().blocks() * 512 <= 1 << 20);
+        let mut end = [1; 8];
+        file.seek(io::SeekFrom::Start((1 << 40) + 7)).unwrap();
+        file.read_exact(&mut end).unwrap();
+        assert_eq!(end, [0, 9, 9, 9, 9, 0, 0, 0]);
+    }
+
     #[test]
     fn zeros_take_no_room_and_read_as_zeros() {
         let mut file = tempfile::tempfile().unwrap();
         let mut writer = ContentWriter::new(&file);
         let zeros = vec![0; 8 << 20];
-        assert_eq!(writer.append(&mut &zeros[..], zeros.len() as u64).unwrap(), 0);
-        assert_eq!(writer.append(&mut &[7; 5000][..], 5000).unwrap(), 2048);
-        assert_eq!(writer.append(&mut &zeros[..1 << 20], 1 << 20).unwrap(), 2050);
+        assert_eq!(writer.append(pieces(&zeros), zeros.len() as u64).unwrap(), 0);
+        assert_eq!(writer.append(pieces(&[7; 5000]), 5000).unwrap(), 2048);
+        assert_eq!(writer.append(pieces(&zeros[..1 << 20]), 1 << 20).unwrap(), 2050);
         assert_eq!(writer.finish().unwrap(), 2306);
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), 2306 * 4096);
@@ -142,7 +196,7 @@ mod tests {
     #[test]
     fn a_content_that_ends_early_is_the_archives_fault() {
         let file = tempfile::tempfile().unwrap();
-        let error = ContentWriter::new(&file).append(&mut &[1; 100][..], 2000).unwrap_err();
+        let error = ContentWriter::new(&file).append(pieces(&[1; 100]), 2000).unwrap_err();
         assert!(matches!(error, AppendError::Layer(LayerErrorKind::Truncated)));
     }
 
@@ -157,7 +211,7 @@ mod tests {
             let mut expected = Vec::new();
             for (size, value) in contents {
                 let content = vec![value; size];
-                let start = writer.append(&mut &content[..], size as u64).unwrap();
+                let start = writer.append(pieces(&content), size as u64).unwrap();
                 prop_assert_eq!(u64::from(start) * 4096, expected.len() as u64);
                 expected.extend_from_slice(&content);
                 expected.resize(expected.len().next_multiple_of(4096), 0);

@@ -94,6 +94,12 @@ impl Converter<'_> {
                 Stop::Index(error) => RootfsError::io(&index_path)(error),
             });
         }
+        // What is written counts as used already.
+        if let Err(error) = self.image.store().reserve(0) {
+            content.discard();
+            index.discard();
+            return Err(error.into());
+        }
         if let Err(error) = content.commit(&content_path) {
             index.discard();
             return Err(RootfsError::io(&content_path)(error));
@@ -132,6 +138,9 @@ impl Converter<'_> {
         while let Some(entry) = reader.next_entry().map_err(Stop::layer)? {
             let at = |kind| Stop::Layer { entry: Some(String::from_utf8_lossy(&entry.path).into_owned()), kind };
             self.budget.entries(1).map_err(at)?;
+            if let tar_reader::EntryKind::File { size } = entry.kind {
+                self.budget.content_bytes(size).map_err(at)?;
+            }
             let kind = kind(&entry.kind, &mut reader, &mut content).map_err(|error| match error {
                 AppendError::Layer(kind) => at(kind),
                 AppendError::Write(error) => Stop::Content(error),
@@ -172,7 +181,8 @@ fn kind(
 
 fn store(size: u64, reader: &mut TarReader<impl Read>, content: &mut ContentWriter<'_>) -> Result<Stored, AppendError> {
     if size > INLINE_MAX as u64 {
-        return content.append(&mut reader.content(), size).map(|start| Stored::Blocks { start, size });
+        let mut pieces = reader.content();
+        return content.append(|buffer| pieces.piece(buffer), size).map(|start| Stored::Blocks { start, size });
     }
     let mut bytes = Vec::with_capacity(size as usize);
     reader.content().read_to_end(&mut bytes).map_err(|error| AppendError::Layer(read_error(error)))?;

@@ -1,9 +1,9 @@
 //! Where in a store the files made from layers are.
 //!
 //! ```text
-//! <diff id>-1.content   contents of a layer's longer files (see `content`)
-//! <diff id>-1.index     the layer's entries (see `index`); complete means that the content is too
-//! <chain id>-1.erofs    the metadata of an image's filesystem, which refers to contents (see `record`)
+//! <diff id>-2.content   contents of a layer's longer files (see `content`)
+//! <diff id>-2.index     the layer's entries (see `index`); complete means that the content is too
+//! <chain id>-2.erofs    the metadata of an image's filesystem, which refers to contents (see `record`)
 //! ```
 
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::image::Digest;
 use crate::image::ImageStore;
 
 /// Raised when the same layers give other bytes than before, so that old files are not taken.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// The folder of a store.
 #[derive(Clone, Debug)]

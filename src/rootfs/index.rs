@@ -384,7 +384,7 @@ mod tests {
     }
 
     fn entry() -> impl Strategy<Value = Entry> {
-        let xattr = (b'a'..b'z', proptest::collection::vec(any::<u8>(), 0..20))
+        let xattr = (b'a'..=b'z', proptest::collection::vec(any::<u8>(), 0..20))
             .prop_map(|(name, value)| Xattr::new(&[b"user.", &[name][..]].concat(), &value).unwrap());
         let xattrs = proptest::collection::vec(xattr, 0..4).prop_map(|mut xattrs| {
             xattrs.sort_by(Xattr::cmp_name);

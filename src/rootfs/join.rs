@@ -143,6 +143,7 @@ fn apply(
         }
         applier.apply(layer, entry)?;
     }
+    applier.end();
     Ok(())
 }
 
@@ -162,6 +163,11 @@ fn write(image: &Image, applier: &Applier, content: impl Fn(u32) -> Content) -> 
     if let Err(error) = erofs::write(&applier.tree, &plan, file.file(), &around) {
         file.discard();
         return Err(failed(&path)(error));
+    }
+    // What is written counts as used already.
+    if let Err(error) = image.store().reserve(0) {
+        file.discard();
+        return Err(error.into());
     }
     file.commit(&path).map_err(RootfsError::io(&path))?;
     tracing::debug!(image = %image.digest(), path = %path.display(), "root filesystem joined");

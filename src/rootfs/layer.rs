@@ -25,7 +25,8 @@ use crate::rootfs::tree::ROOT;
 use crate::rootfs::tree::Tree;
 
 const WHITEOUT: &[u8] = b".wh.";
-/// Names that AUFS reserved; of these only the opaque mark means something to an image.
+/// Names that AUFS reserved; of these only the opaque mark means something to an image. Files in `.wh..wh.plnk` are targets
+/// of hard links in their layer, as with Docker, and nothing else.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
@@ -61,6 +62,11 @@ impl Applier {
         })
     }
 
+    /// Ends the layer.
+    pub(super) fn end(&mut self) {
+        self.tree.forget(ROOT, |name| name.starts_with(WHITEOUT_META));
+    }
+
     fn entry(&mut self, path: &[u8], kind: EntryKind, meta: Meta) -> Result<(), LayerErrorKind> {
         self.budget.entries(1)?;
         // `umoci insert` names the root "/"; nothing else may be absolute.
@@ -81,10 +87,15 @@ impl Applier {
             },
             EntryKind::HardLink(target) => {
                 let node = self.hard_link_target(&target)?;
+                self.tree.update_meta(node, meta)?;
                 return self.tree.link(folder, name, node, self.layer);
             }
-            EntryKind::File(Stored::Inline(bytes)) => NodeKind::File(Content::Inline(bytes)),
+            EntryKind::File(Stored::Inline(bytes)) => {
+                self.budget.content_bytes(bytes.len() as u64)?;
+                NodeKind::File(Content::Inline(bytes))
+            }
             EntryKind::File(Stored::Blocks { start, size }) => {
+                self.budget.content_bytes(size)?;
                 NodeKind::File(Content::Blocks { file: self.file, start, size })
             }
             EntryKind::Symlink(target) => NodeKind::Symlink(symlink_target(&target)?),

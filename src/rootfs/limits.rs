@@ -9,13 +9,16 @@ pub struct Limits {
     /// Bytes of all archives after decompression: what a decompression bomb runs into. Default:
     /// 64 GiB.
     pub archive_bytes: u64,
+    /// Bytes of all files' content, with the holes of sparse files, which an archive need not have: a small one could ask
+    /// for any size. Default: 64 GiB.
+    pub content_bytes: u64,
     /// Memory for names, owners, attributes, link targets and small files, in bytes. Default: 1 GiB.
     pub metadata_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 2 << 20, archive_bytes: 64 << 30, metadata_bytes: 1 << 30 }
+        Self { entries: 2 << 20, archive_bytes: 64 << 30, content_bytes: 64 << 30, metadata_bytes: 1 << 30 }
     }
 }
 
@@ -43,6 +46,9 @@ pub(super) const MAX_LINK_STEPS: u64 = 16 << 20;
 /// Largest extension record of an archive (pax, GNU long name), in bytes: room for all attributes
 /// of a file at [`MAX_XATTR_BYTES`] with their framing.
 pub(super) const MAX_EXTENSION: u64 = 512 << 10;
+
+/// Runs of data in one sparse file: 16 MiB of memory, and 4 GiB of data with a hole behind every block.
+pub(super) const MAX_SPARSE_RUNS: usize = 1 << 20;
 
 /// All attributes of one file, in bytes: what EROFS can keep inline (16-bit count of 4-byte words).
 pub(super) const MAX_XATTR_BYTES: usize = 4 * (u16::MAX as usize - 1);

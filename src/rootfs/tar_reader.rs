@@ -10,15 +10,22 @@ use kiln_tree::reader::Rules;
 
 use crate::rootfs::error::LayerErrorKind;
 use crate::rootfs::limits::MAX_EXTENSION;
+use crate::rootfs::limits::MAX_SPARSE_RUNS;
 use crate::rootfs::pax::PaxRecords;
 use crate::rootfs::tree::Meta;
 
 pub(super) use kiln_tree::reader::Kind as EntryKind;
+pub(super) use kiln_tree::reader::Piece;
 
 /// Any layer that Docker applies is applied: what an archive takes to read is bounded by
 /// [`Limits::archive_bytes`](crate::rootfs::Limits::archive_bytes), and whether it is whole is for its digest to say.
-const RULES: Rules =
-    Rules { extension_bytes: MAX_EXTENSION, global_bytes: u64::MAX, extensions: usize::MAX, needs_end_mark: false };
+const RULES: Rules = Rules {
+    extension_bytes: MAX_EXTENSION,
+    global_bytes: u64::MAX,
+    extensions: usize::MAX,
+    sparse_runs: MAX_SPARSE_RUNS,
+    needs_end_mark: false,
+};
 
 /// An entry of a layer.
 #[derive(Debug)]
@@ -82,10 +89,17 @@ fn owner(id: Option<u64>) -> Result<u32, LayerErrorKind> {
     u32::try_from(id).map_err(|_| LayerErrorKind::Malformed("owner beyond 32 bits"))
 }
 
-/// The content of one entry; ends with `UnexpectedEof` if the archive does before the entry.
+/// The content of one entry; as a [`Read`] with zeros for holes, and ends with `UnexpectedEof` if the archive does before the entry.
 #[derive(Debug)]
 pub(super) struct Content<'a, R> {
     reader: &'a mut Reader<R>,
+}
+
+impl<R: Read> Content<'_, R> {
+    /// What comes next: data, or a hole in whole.
+    pub(super) fn piece(&mut self, buffer: &mut [u8]) -> Result<Piece, LayerErrorKind> {
+        self.reader.read_piece(buffer).map_err(LayerErrorKind::of_archive)
+    }
 }
 
 impl<R: Read> Read for Content<'_, R> {
@@ -104,7 +118,7 @@ impl LayerErrorKind {
             ArchiveError::Read(error) => read_error(error),
             ArchiveError::Truncated => Self::Truncated,
             ArchiveError::Malformed(what) => Self::Malformed(what),
-            ArchiveError::Sparse(_) => Self::Unsupported("a sparse file"),
+            ArchiveError::Sparse(_) => Self::Unsupported("a sparse file of an unknown format"),
             ArchiveError::UnknownType(_) => Self::Unsupported("this type of archive entry"),
             ArchiveError::Limit { what, limit } => Self::Limit { what, limit },
         }

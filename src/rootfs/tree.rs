@@ -214,6 +214,28 @@ impl Tree {
         Ok(())
     }
 
+    /// Changes a node to what the header of another name for it says, as Docker does: a link keeps its mode and time, and
+    /// attributes stay if there are no others.
+    pub(super) fn update_meta(&mut self, id: NodeId, meta: Meta) -> Result<(), LayerErrorKind> {
+        self.charge(xattr_cost(&meta))?;
+        let node = self.node_mut(id);
+        (node.meta.uid, node.meta.gid) = (meta.uid, meta.gid);
+        if !matches!(node.kind, NodeKind::Symlink(_)) {
+            (node.meta.mode, node.meta.mtime) = (meta.mode, meta.mtime);
+        }
+        if !meta.xattrs.is_empty() {
+            node.meta.xattrs = meta.xattrs;
+        }
+        Ok(())
+    }
+
+    /// Takes names away from `folder`.
+    pub(super) fn forget(&mut self, folder: NodeId, is_forgotten: impl Fn(&[u8]) -> bool) {
+        if let Some(names) = self.names_mut(folder) {
+            names.retain(|name, _| !is_forgotten(name));
+        }
+    }
+
     /// Gives `node` a name, replacing what had it.
     pub(super) fn link(&mut self, folder: NodeId, name: &[u8], node: NodeId, layer: u32) -> Result<(), LayerErrorKind> {
         self.charge(NAME_COST + name.len() as u64)?;

@@ -58,9 +58,9 @@ pub enum StartError {
     #[error("the image is for {image}, guests are {guest}")]
     Platform {
         /// What the image is made for.
-        image: Platform,
+        image: Box<Platform>,
         /// What guests are.
-        guest: Platform,
+        guest: Box<Platform>,
     },
     /// A setting that cannot be.
     #[error("invalid configuration: {0}")]

@@ -34,7 +34,7 @@ impl Image {
     pub async fn start(&self, config: VmConfig) -> Result<Vm, StartError> {
         let (image, guest) = (&self.config().platform, Platform::default());
         if !image.serves(&guest) {
-            return Err(StartError::Platform { image: image.clone(), guest });
+            return Err(StartError::Platform { image: Box::new(image.clone()), guest: Box::new(guest) });
         }
         let root = self.root(&config).await?;
         Vm::start(root, config).await

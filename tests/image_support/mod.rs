@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 
 use kiln::image::Digest;
@@ -112,6 +113,28 @@ impl Tar {
         self
     }
 
+    /// An entry whose header then has these bytes at these places, under a checksum that is right.
+    pub fn patched(mut self, entry: &Entry<'_>, patches: &[(usize, &[u8])]) -> Self {
+        let mut header = header(entry);
+        for (at, bytes) in patches {
+            header[*at..*at + bytes.len()].copy_from_slice(bytes);
+        }
+        set_checksum(&mut header);
+        self.append(&header, entry.content);
+        self
+    }
+
+    /// Entries from elsewhere, as they are.
+    pub fn append_raw(mut self, bytes: &[u8]) -> Self {
+        self.bytes.extend_from_slice(bytes);
+        self
+    }
+
+    /// The entries so far, without an end mark.
+    pub fn into_entries(self) -> Vec<u8> {
+        self.bytes
+    }
+
     fn append(&mut self, header: &[u8; 512], content: &[u8]) {
         self.bytes.extend_from_slice(header);
         self.bytes.extend_from_slice(content);
@@ -140,15 +163,19 @@ fn header(entry: &Entry<'_>) -> [u8; 512] {
     }
     put(124, format!("{:011o}", entry.content.len()).as_bytes());
     put(136, format!("{:011o}", entry.mtime).as_bytes());
-    put(148, b"        ");
     put(156, &[entry.kind]);
     put(157, entry.link);
     put(257, b"ustar\x0000");
     put(329, format!("{:07o}", entry.device.0).as_bytes());
     put(337, format!("{:07o}", entry.device.1).as_bytes());
+    set_checksum(&mut header);
+    header
+}
+
+fn set_checksum(header: &mut [u8; 512]) {
+    header[148..156].fill(b' ');
     let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
     header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-    header
 }
 
 pub fn pax_record(key: &[u8], value: &[u8]) -> Vec<u8> {
@@ -214,7 +241,7 @@ impl Layout {
         json!({ "mediaType": media_type, "digest": digest.to_string(), "size": bytes.len() })
     }
 
-    pub fn blob_path(&self, digest: &Digest) -> std::path::PathBuf {
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.folder.path().join("blobs/sha256").join(digest.hex())
     }
 
@@ -344,6 +371,9 @@ pub struct Seen {
     pub nlink: u64,
     /// Content or link target.
     pub bytes: Vec<u8>,
+    /// The first of the names, if it has several.
+    pub same_as: Option<OsString>,
+    pub xattrs: BTreeMap<OsString, Vec<u8>>,
 }
 
 pub type Listing = BTreeMap<OsString, Seen>;
@@ -351,16 +381,25 @@ pub type Listing = BTreeMap<OsString, Seen>;
 /// Everything under `root`, by path; the root itself as "".
 pub fn list(root: &Path) -> Listing {
     let mut listing = Listing::new();
+    let mut names: BTreeMap<u64, Vec<OsString>> = BTreeMap::new();
     let mut folders = vec![root.to_owned()];
     listing.insert(OsString::new(), see(root));
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             let seen = see(&path);
+            let name = path.strip_prefix(root).unwrap().as_os_str().to_owned();
             if seen.kind == "folder" {
-                folders.push(path.clone());
+                folders.push(path);
+            } else if seen.nlink > 1 {
+                names.entry(fs::symlink_metadata(&path).unwrap().ino()).or_default().push(name.clone());
             }
-            listing.insert(path.strip_prefix(root).unwrap().as_os_str().to_owned(), seen);
+            listing.insert(name, seen);
+        }
+    }
+    for names in names.values() {
+        for name in names {
+            listing.get_mut(name).unwrap().same_as = names.iter().min().cloned();
         }
     }
     listing
@@ -389,7 +428,22 @@ fn see(path: &Path) -> Seen {
         mtime: (meta.mtime(), meta.mtime_nsec()),
         nlink: meta.nlink(),
         bytes,
+        same_as: None,
+        xattrs: xattrs(path),
     }
+}
+
+fn xattrs(path: &Path) -> BTreeMap<OsString, Vec<u8>> {
+    let mut buffer = vec![0; 1 << 16];
+    let length = rustix::fs::llistxattr(path, &mut buffer[..]).unwrap();
+    let names: Vec<_> = buffer[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()).collect();
+    let value = |name: &[u8]| {
+        let mut value = vec![0; 1 << 16];
+        let length = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap();
+        value.truncate(length);
+        (OsString::from_vec(name.to_vec()), value)
+    };
+    names.into_iter().map(value).collect()
 }
 
 /// Checks an image with `fsck.erofs` and extracts it.

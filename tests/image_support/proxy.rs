@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
@@ -21,6 +22,8 @@ pub enum Fault {
     Cut(usize),
     /// Nothing comes after so many.
     Stall(usize),
+    /// One byte at a time, with such pauses.
+    Drip(Duration),
     /// This one is another.
     Flip(usize),
     /// The promised length is off by so many.
@@ -147,6 +150,16 @@ async fn answer_with(client: &mut TcpStream, mut answer: Vec<u8>, fault: &Fault)
             }
         }
         _ => {}
+    }
+    if let Fault::Drip(pause) = fault {
+        let _ = client.write_all(&answer[..body]).await;
+        for byte in &answer[body..] {
+            if client.write_all(&[*byte]).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(*pause).await;
+        }
+        return;
     }
     let _ = client.write_all(&answer).await;
     if matches!(fault, Fault::Stall(_)) {

@@ -63,8 +63,8 @@ pub enum ArchiveError {
     /// The archive breaks the rules of its format, in the part named.
     #[error("malformed archive: {0}")]
     Malformed(&'static str),
-    /// A sparse file, in any of its formats; reading it as if it were whole would give wrong content.
-    #[error("entry {:?} is a sparse file, which is not supported", shown(.0))]
+    /// A sparse file in a format that this reader does not know; reading it as if it were whole would give wrong content.
+    #[error("entry {:?} is a sparse file of an unknown format, which is not supported", shown(.0))]
     Sparse(Vec<u8>),
     /// An entry of a type that this reader does not know.
     #[error("entry {:?} is of an unknown type, which is not supported", shown(.0))]
@@ -154,7 +154,9 @@ impl From<ArchiveError> for UnpackError {
             ArchiveError::Read(source) => Self::Read(source),
             ArchiveError::Truncated => Self::Truncated,
             ArchiveError::Malformed(what) => Self::Malformed { what },
-            ArchiveError::Sparse(name) => Self::Unsupported { name: shown(&name), what: "a sparse file" },
+            ArchiveError::Sparse(name) => {
+                Self::Unsupported { name: shown(&name), what: "a sparse file of an unknown format" }
+            }
             ArchiveError::UnknownType(name) => Self::Unsupported { name: shown(&name), what: "of an unknown type" },
             ArchiveError::Limit { what, limit } => Self::Limit { what, limit },
         }

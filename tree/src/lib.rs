@@ -15,6 +15,7 @@ mod pack;
 pub mod pax;
 mod place;
 pub mod reader;
+mod sparse;
 mod stat;
 mod unpack;
 mod writer;

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use crate::error::ArchiveError;
+use crate::sparse;
 
 /// Seconds and nanoseconds since 1970; the nanoseconds always count forwards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,7 +105,8 @@ pub(crate) struct Records {
     pub(crate) link_path: Option<Vec<u8>>,
     pub(crate) size: Option<u64>,
     pub(crate) mtime: Option<Time>,
-    pub(crate) is_sparse: bool,
+    /// Present if the entry is a sparse file.
+    pub(crate) sparse: Option<sparse::Records>,
 }
 
 impl Records {
@@ -128,8 +130,11 @@ impl Records {
                 let time = || Time::parse(value).ok_or(ArchiveError::Malformed("time in a pax record"));
                 self.mtime = (!value.is_empty()).then(time).transpose()?;
             }
-            _ if key.starts_with(b"GNU.sparse.") => self.is_sparse = true,
-            _ => {}
+            _ => {
+                if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                    self.sparse.get_or_insert_default().apply(key, value)?;
+                }
+            }
         }
         Ok(())
     }

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io;
 use std::io::BufReader;
 use std::io::Read;
-use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::fs::AtFlags;
@@ -25,6 +25,7 @@ use crate::place::Name;
 use crate::place::permissions;
 use crate::reader::Entry;
 use crate::reader::Kind;
+use crate::reader::Piece;
 use crate::reader::Reader;
 use crate::reader::Rules;
 use crate::stat::timestamps;
@@ -37,14 +38,20 @@ const MAX_FOLDER_NAMES: u64 = 64 << 20;
 
 /// The archives of [`pack`](crate::pack()) and of any other program: 64 KiB are several names of the greatest length, and
 /// programs write up to three extensions. Whoever sends an archive sends its end mark too.
-const RULES: Rules = Rules { extension_bytes: 64 << 10, global_bytes: 64 << 10, extensions: 16, needs_end_mark: true };
+const RULES: Rules = Rules {
+    extension_bytes: 64 << 10,
+    global_bytes: 64 << 10,
+    extensions: 16,
+    sparse_runs: 1 << 20,
+    needs_end_mark: true,
+};
 
 /// What an archive may hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnpackOptions {
     /// Entries, at most.
     pub max_entries: u64,
-    /// Bytes in all files together, at most.
+    /// Bytes in all files together, with the holes in them, at most.
     pub max_bytes: u64,
     /// Whether to keep setuid, setgid and sticky bits, and to create device nodes and fifos. Otherwise the bits are cleared, and the
     /// nodes left out and counted.
@@ -71,7 +78,7 @@ impl UnpackOptions {
 pub struct Unpacked {
     /// Entries, with those that were left out.
     pub entries: u64,
-    /// Bytes in all files together.
+    /// Bytes in all files together, with the holes in them.
     pub bytes: u64,
     /// Device nodes and fifos that were left out.
     pub skipped: u64,
@@ -252,19 +259,34 @@ impl<'a, R: Read> Unpacker<'a, R> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let private = Mode::RUSR | Mode::WUSR;
         let file = rustix::fs::openat(at.parent, at.last, flags, private).map_err(|error| at.name.error(error))?;
-        let mut file = File::from(file);
-        loop {
-            let count = self.reader.read_content(&mut self.buffer)?;
-            if count == 0 {
-                break;
-            }
-            file.write_all(&self.buffer[..count]).map_err(|error| at.name.error(error))?;
-        }
+        let file = File::from(file);
+        self.fill(&file, size, at.name)?;
         rustix::fs::fchmod(&file, permissions(self.mode(entry)))
             .and_then(|()| rustix::fs::futimens(&file, &timestamps(entry.mtime)))
             .map_err(|error| at.name.error(error))?;
         self.done.bytes = total;
         Ok(())
+    }
+
+    /// Writes the content of the current entry, and leaves out its holes.
+    fn fill(&mut self, file: &File, size: u64, name: &Name<'_>) -> Result<(), UnpackError> {
+        let mut position = 0;
+        let mut is_hole = false;
+        loop {
+            match self.reader.read_piece(&mut self.buffer)? {
+                Piece::Data(count) => {
+                    file.write_all_at(&self.buffer[..count], position).map_err(|error| name.error(error))?;
+                    position += count as u64;
+                    is_hole = false;
+                }
+                Piece::Hole(length) => {
+                    position += length;
+                    is_hole = true;
+                }
+                Piece::End if is_hole => return file.set_len(size).map_err(|error| name.error(error)),
+                Piece::End => return Ok(()),
+            }
+        }
     }
 
     fn hard_link(&self, at: &Spot<'_>, target: &[u8]) -> Result<(), UnpackError> {

@@ -252,9 +252,11 @@ fn what_is_not_understood_is_refused() {
         let result = scene.unpack(entries);
         assert!(matches!(result, Err(UnpackError::Unsupported { .. })), "{result:?}");
     };
-    unsupported(&[entry(EntryType::GNUSparse, b"x", b"", b"")]);
     unsupported(&[entry(EntryType::new(b'V'), b"x", b"", b"")]);
-    unsupported(&[entry(EntryType::XHeader, b"x", b"", b"22 GNU.sparse.major=1\n"), file("x", b"")]);
+    unsupported(&[
+        entry(EntryType::XHeader, b"x", b"", b"22 GNU.sparse.major=2\n21 GNU.sparse.size=0\n"),
+        file("x", b""),
+    ]);
     let mut damaged = file("x", b"");
     damaged[0] = b'y';
     let result = scene.unpack(&[damaged]);
@@ -291,7 +293,10 @@ proptest! {
             let _ = scene.unpack(std::slice::from_ref(entry));
         }
         let _ = scene.unpack(&entries);
-        let _ = kiln_tree::unpack_as(&archive(&entries)[..], &scene.at("inside/a"), &UnpackOptions::host());
+        // The destination itself is the caller's word: a link in its place is followed, here to one that an entry has made.
+        if !scene.at("inside/a").is_symlink() {
+            let _ = kiln_tree::unpack_as(&archive(&entries)[..], &scene.at("inside/a"), &UnpackOptions::host());
+        }
         scene.check();
     }
 

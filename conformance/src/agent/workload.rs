@@ -206,7 +206,7 @@ fn readers(agent: &Subject) -> Result<(), Finding> {
 
 /// More than an agent may be expected to keep, with a reader that read the first line and then nothing.
 fn flooded(agent: &Subject, name: &str) -> Result<Session, Finding> {
-    begin(agent, &format!("echo up; {}; head -c 8000000 /dev/zero; echo end", until(name)))?;
+    begin(agent, &format!("echo up; {}; head -c 4000000 /dev/zero; echo end", until(name)))?;
     let mut session = read(agent, &LOGS)?;
     session.hear("up\n")?;
     agent.sh(&format!(": > {name}"))?.exits(0)?;
@@ -219,7 +219,7 @@ fn unread(agent: &Subject) -> Result<(), Finding> {
 }
 
 fn lost(agent: &Subject) -> Result<(), Finding> {
-    const WRITTEN: u64 = 3 + 8_000_000 + 4;
+    const WRITTEN: u64 = 3 + 4_000_000 + 4;
     let slow = flooded(agent, "workload-lost-go")?;
     finish(agent)?;
     for (who, mut session, heard) in [("a late reader", read(agent, &LOGS)?, 0), ("a slow one", slow, 3)] {

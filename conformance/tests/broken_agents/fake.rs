@@ -1,4 +1,7 @@
-//! A small agent of threads, sound or with one fault: no terminal, no user, no files, no features.
+//! A small agent of threads, sound or with one fault: no terminal, no user, no files, and the workload only where it is asked for.
+
+#[path = "workload.rs"]
+mod workload;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -29,6 +32,8 @@ use kiln_wire::frame::FrameParser;
 use kiln_wire::frame::Kind;
 use kiln_wire::request::Request;
 use tempfile::TempDir;
+use workload::Following;
+use workload::Workload;
 
 /// What is wrong with a fake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +53,30 @@ pub(crate) enum Fault {
     OtherProtocol,
     PromisesStreams,
     PromisesWorkload,
+    /// None: it serves the workload as it should.
+    Workload,
+    StartsTwice,
+    MixesRunsUp,
+    ForgetsLost,
+    HoldsWorkloadUp,
+    WorkloadDiesWithHost,
+    WorkloadSignalsLeaderOnly,
+}
+
+impl Fault {
+    /// Whether the workload is served, soundly or not.
+    fn has_workload(self) -> bool {
+        matches!(
+            self,
+            Self::Workload
+                | Self::StartsTwice
+                | Self::MixesRunsUp
+                | Self::ForgetsLost
+                | Self::HoldsWorkloadUp
+                | Self::WorkloadDiesWithHost
+                | Self::WorkloadSignalsLeaderOnly
+        )
+    }
 }
 
 /// A listening fake. Its thread ends with the test program, which the suite never outlives.
@@ -57,10 +86,12 @@ impl Fake {
     pub(crate) fn start(fault: Fault) -> Self {
         let folder = tempfile::tempdir().expect("temporary folder");
         let listener = UnixListener::bind(folder.path().join("fake.sock")).expect("binds");
+        let workload = Workload::default();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 // A session that breaks down is what the suite provokes; it sees the closed connection.
-                thread::spawn(move || drop(Connection { stream, fault }.serve()));
+                let workload = workload.clone();
+                thread::spawn(move || drop(Connection { stream, fault, workload }.serve()));
             }
         });
         Self(folder)
@@ -74,6 +105,7 @@ impl Fake {
 struct Connection {
     stream: UnixStream,
     fault: Fault,
+    workload: Workload,
 }
 
 /// The agent's end of the stream, shared by the threads of the outputs.
@@ -91,8 +123,18 @@ impl Connection {
         let mut frames = Frames::new(self.stream.try_clone()?);
         match frames.next()? {
             Some(Frame { kind: Kind::Control, payload }) => {
-                let ack = serde_json::to_vec(&self.control(&payload))?;
-                send(&sender, Kind::Control, ack)?;
+                let (ack, following) = self.control(&payload);
+                send(&sender, Kind::Control, serde_json::to_vec(&ack)?)?;
+                if let Some(following) = following {
+                    if self.fault == Fault::WorkloadDiesWithHost {
+                        let group = following.group();
+                        thread::spawn(move || {
+                            while let Ok(Some(_)) = frames.next() {}
+                            kill("KILL", &format!("-{group}"));
+                        });
+                    }
+                    following.send(&sender)?;
+                }
             }
             Some(Frame { kind: Kind::Request, payload }) => match start(&serde_json::from_slice(&payload)?) {
                 Ok(child) => self.run(child, &sender, frames)?,
@@ -111,18 +153,23 @@ impl Connection {
         self.stream.shutdown(Shutdown::Both)
     }
 
-    fn control(&self, payload: &[u8]) -> ControlAck {
+    fn control(&self, payload: &[u8]) -> (ControlAck, Option<Following>) {
         let promised = match self.fault {
             Fault::PromisesStreams => vec!["streams".to_owned()],
             Fault::PromisesWorkload => vec!["workload".to_owned()],
+            fault if fault.has_workload() => vec!["workload".to_owned()],
             _ => Vec::new(),
         };
         let protocol = if self.fault == Fault::OtherProtocol { 4 } else { 5 };
-        match serde_json::from_slice(payload) {
+        let ack = match serde_json::from_slice(payload) {
             Ok(Control::Probe) => ControlAck { protocol: Some(protocol), features: promised, ..ControlAck::done() },
-            Ok(_) => ControlAck::refused("unknown CONTROL action"),
+            Ok(action) => match self.fault.has_workload().then(|| self.workload.act(&action, self.fault)).flatten() {
+                Some(done) => return done,
+                None => ControlAck::refused("unknown CONTROL action"),
+            },
             Err(error) => ControlAck::refused(error.to_string()),
-        }
+        };
+        (ack, None)
     }
 
     fn run(&self, mut child: Child, sender: &Sender, frames: Frames) -> io::Result<()> {

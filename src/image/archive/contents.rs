@@ -26,7 +26,13 @@ use crate::image::progress::ProgressEvent;
 use crate::image::store::ImageStore;
 
 /// Image archives have short names and few extensions; what is in one is held in memory.
-const RULES: Rules = Rules { extension_bytes: 64 << 10, global_bytes: 1 << 20, extensions: 16, needs_end_mark: true };
+const RULES: Rules = Rules {
+    extension_bytes: 64 << 10,
+    global_bytes: 1 << 20,
+    extensions: 16,
+    sparse_runs: 64 << 10,
+    needs_end_mark: true,
+};
 
 /// Longest name and longest link target, in bytes. Those that mean something have less than two hundred.
 const MAX_NAME: usize = 512;
@@ -53,6 +59,8 @@ const BLOBS: &str = "blobs/sha256/";
 #[derive(Clone, Debug)]
 pub(super) struct Limits {
     pub(super) entries: u64,
+    /// Of all files together, with the holes of sparse ones, which the archive itself does not have.
+    pub(super) bytes: u64,
     pub(super) progress: Progress,
 }
 
@@ -64,6 +72,8 @@ pub(super) struct Contents {
     files: HashMap<Digest, Held>,
     memory_left: u64,
     spooled_left: u64,
+    limits: Limits,
+    bytes_left: u64,
 }
 
 /// What a name stands for.
@@ -97,26 +107,28 @@ enum Content {
 }
 
 impl Contents {
-    pub(super) fn new(store: &ImageStore) -> Self {
+    pub(super) fn new(store: &ImageStore, limits: Limits) -> Self {
         Self {
             spool: Spool::new(store),
             names: HashMap::new(),
             files: HashMap::new(),
             memory_left: MEMORY,
             spooled_left: MAX_SPOOLED,
+            bytes_left: limits.bytes,
+            limits,
         }
     }
 
     /// Reads the archive to its end. Blocking.
-    pub(super) fn fill(&mut self, archive: impl Read, limits: &Limits) -> Result<(), ImportError> {
+    pub(super) fn fill(&mut self, archive: impl Read) -> Result<(), ImportError> {
         let mut reader = Reader::new(archive, RULES);
         let mut last: Option<String> = None;
-        let mut left = limits.entries;
+        let mut left = self.limits.entries;
         while let Some(entry) = reader.next_entry().map_err(|error| ImportError::of_archive(error, last.as_deref()))? {
-            let limit = ImportError::Limit { what: "entries in the archive", limit: limits.entries };
+            let limit = ImportError::Limit { what: "entries in the archive", limit: self.limits.entries };
             left = left.checked_sub(1).ok_or(limit)?;
             let shown = String::from_utf8_lossy(&entry.name[..entry.name.len().min(MAX_NAME)]).into_owned();
-            self.entry(entry, &mut reader, &shown, &limits.progress)?;
+            self.entry(entry, &mut reader, &shown)?;
             last = Some(shown);
         }
         // What follows the end mark is padding, and for a compressed archive the check of all that was before.
@@ -124,13 +136,7 @@ impl Contents {
         Ok(())
     }
 
-    fn entry(
-        &mut self,
-        entry: Entry,
-        reader: &mut Reader<impl Read>,
-        shown: &str,
-        progress: &Progress,
-    ) -> Result<(), ImportError> {
+    fn entry(&mut self, entry: Entry, reader: &mut Reader<impl Read>, shown: &str) -> Result<(), ImportError> {
         if entry.name.len() > MAX_NAME {
             return Err(ImportError::Limit { what: "bytes in a name", limit: MAX_NAME as u64 });
         }
@@ -139,7 +145,7 @@ impl Contents {
         let name = names::resolve("", &name).ok_or_else(|| ImportError::Escape { name })?;
         let target = |target: &[u8]| String::from_utf8(target.to_vec()).ok().filter(|target| target.len() <= MAX_NAME);
         let named = match entry.kind {
-            Kind::File { size } => Named::File(self.file(&name, size, reader, shown, progress)?),
+            Kind::File { size } => Named::File(self.file(&name, size, reader, shown)?),
             Kind::Symlink(to) => {
                 Named::Link(target(&to).and_then(|target| names::resolve(names::folder(&name), &target)))
             }
@@ -157,7 +163,6 @@ impl Contents {
         size: u64,
         reader: &mut Reader<impl Read>,
         shown: &str,
-        progress: &Progress,
     ) -> Result<Digest, ImportError> {
         let promised = name.strip_prefix(BLOBS).and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
         let mut sink = self.sink(size)?;
@@ -179,7 +184,7 @@ impl Contents {
             done += bytes.len() as u64;
             // A blob that is not short is a layer, as far as one can tell now.
             if let (Some(layer), true) = (promised, size > SMALL) {
-                progress.send(ProgressEvent::Fetching { layer, done, total: size });
+                self.limits.progress.send(ProgressEvent::Fetching { layer, done, total: size });
             }
         };
         let digest = Digest::from_hasher(hasher);
@@ -198,13 +203,15 @@ impl Contents {
     }
 
     fn sink(&mut self, size: u64) -> Result<Sink, ImportError> {
+        let limit = ImportError::Limit { what: "bytes in the archive's files", limit: self.limits.bytes };
+        self.bytes_left = self.bytes_left.checked_sub(size).ok_or(limit)?;
         if size <= SMALL && size <= self.memory_left {
             return Ok(Sink::Memory(Vec::new()));
         }
         if self.spooled_left == 0 {
             return Err(ImportError::Limit { what: "large files in the archive", limit: MAX_SPOOLED });
         }
-        Ok(Sink::Spool(self.spool.file()?))
+        Ok(Sink::Spool(self.spool.file(size)?))
     }
 
     /// Keeps a file, unless the same content is here already: then one of the two is enough.

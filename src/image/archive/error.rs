@@ -188,7 +188,9 @@ impl ImportError {
             ArchiveError::Read(error) => Self::of_read(error, entry),
             ArchiveError::Truncated => Self::Truncated { entry },
             ArchiveError::Malformed(what) => Self::Malformed { entry, what },
-            ArchiveError::Sparse(entry) => Self::Unsupported { entry: name(entry), what: "a sparse file" },
+            ArchiveError::Sparse(entry) => {
+                Self::Unsupported { entry: name(entry), what: "a sparse file of an unknown format" }
+            }
             ArchiveError::UnknownType(entry) => Self::Unsupported { entry: name(entry), what: "of an unknown type" },
             ArchiveError::Limit { what, limit } => Self::Limit { what, limit },
         }

@@ -2,11 +2,11 @@
 
 use tokio_util::sync::CancellationToken;
 
+use crate::image::Image;
 use crate::image::archive::contents::Contents;
 use crate::image::archive::error::ImportError;
 use crate::image::config::ImageConfig;
 use crate::image::digest::Digest;
-use crate::image::error::ManifestError;
 use crate::image::manifest::Descriptor;
 use crate::image::manifest::Manifest;
 use crate::image::platform::Platform;
@@ -17,11 +17,11 @@ use crate::image::store::ImageStore;
 /// An image that can run, if its layers are here.
 #[derive(Debug)]
 pub(super) struct Found {
-    pub(super) digest: Digest,
-    pub(super) manifest: Manifest,
+    digest: Digest,
+    manifest: Manifest,
     /// The manifest as its digest has it.
     document: Vec<u8>,
-    pub(super) config: Vec<u8>,
+    config: Vec<u8>,
 }
 
 impl Found {
@@ -32,13 +32,14 @@ impl Found {
         document: Vec<u8>,
         config: Vec<u8>,
     ) -> Result<Self, ImportError> {
-        let (parsed, diff_ids) = ImageConfig::parse(&config)?;
+        let (parsed, _) = ImageConfig::parse(&config)?;
         parsed.require(&Platform::default())?;
-        if diff_ids.len() != manifest.layers.len() {
-            let (manifest, config) = (manifest.layers.len(), diff_ids.len());
-            return Err(ManifestError::LayerCount { manifest, config }.into());
-        }
         Ok(Self { digest, manifest, document, config })
+    }
+
+    /// The image, which keeps what it needs from collectors, there or not. Blocking.
+    pub(super) fn assemble(&self, store: &ImageStore) -> Result<Image, ImportError> {
+        Ok(store.assemble(self.digest, &self.manifest, &self.config)?)
     }
 
     /// Puts the image into the store, its manifest last. Blocking.

@@ -71,11 +71,11 @@ impl ImageStore {
         resolving(options, path.display().to_string());
         let job = Job::new(self, options);
         let _stop = job.stop.clone().drop_guard();
-        let found = run_blocking(move || match open_regular(&path) {
+        let image = run_blocking(move || match open_regular(&path) {
             Ok(file) => job.run(file),
             Err(source) => Err(ImportError::Open { path, source }),
         });
-        self.finish(found.await?, name.as_ref()).await
+        self.remember_as(image.await?, name.as_ref()).await
     }
 
     /// Imports an image from an archive as it arrives, of the kinds that [`ImageStore::import_archive`] takes.
@@ -110,14 +110,14 @@ impl ImageStore {
         let job = Job::new(self, options);
         let stop = job.stop.clone().drop_guard();
         let (sender, receiver) = mpsc::channel(input::AHEAD);
-        let found = async {
-            let found = run_blocking(move || job.run(Pieces::new(receiver)));
+        let import = async {
+            let image = run_blocking(move || job.run(Pieces::new(receiver)));
             let pump = input::pump(reader, sender, options.step_timeout);
-            tokio::join!(found, pump).0
+            tokio::join!(image, pump).0
         };
-        let found = found.await?;
+        let image = import.await?;
         drop(stop);
-        self.finish(found, name.as_ref()).await
+        self.remember_as(image, name.as_ref()).await
     }
 
     /// Imports an image from `path`: a folder is an OCI layout, a file an archive.
@@ -153,11 +153,6 @@ impl ImageStore {
         self.remember_as(image, name.as_ref()).await
     }
 
-    async fn finish(&self, found: Found, name: Option<&Reference>) -> Result<Image, ImportError> {
-        let image = self.assemble(found.digest, &found.manifest, &found.config)?;
-        self.remember_as(image, name).await
-    }
-
     async fn remember_as(&self, image: Image, name: Option<&Reference>) -> Result<Image, ImportError> {
         if let Some(name) = name {
             self.name(name, &image).await?;
@@ -187,21 +182,26 @@ impl Job {
         Self { store: store.clone(), options: options.clone(), stop: CancellationToken::new() }
     }
 
-    fn run(&self, source: impl Read + 'static) -> Result<Found, ImportError> {
-        let mut contents = Contents::new(&self.store);
+    fn run(&self, source: impl Read + 'static) -> Result<Image, ImportError> {
+        let mut contents = Contents::new(&self.store, self.limits());
         let result = self.import(source, &mut contents);
         contents.discard();
         result
     }
 
-    fn import(&self, source: impl Read + 'static, contents: &mut Contents) -> Result<Found, ImportError> {
+    fn limits(&self) -> Limits {
+        let ImportOptions { max_entries, max_bytes, progress, .. } = &self.options;
+        Limits { entries: *max_entries, bytes: *max_bytes, progress: progress.clone() }
+    }
+
+    fn import(&self, source: impl Read + 'static, contents: &mut Contents) -> Result<Image, ImportError> {
         let archive = input::open(source, self.options.max_bytes, &self.stop);
-        let archive = archive.map_err(|error| ImportError::of_read(error, None))?;
-        let limits = Limits { entries: self.options.max_entries, progress: self.options.progress.clone() };
-        contents.fill(archive, &limits)?;
+        contents.fill(archive.map_err(|error| ImportError::of_read(error, None))?)?;
         let found = self.find(contents)?;
+        // First, as from now on nobody collects what the image needs.
+        let image = found.assemble(&self.store)?;
         found.store(&self.store, contents, &self.options.progress, &self.stop)?;
-        Ok(found)
+        Ok(image)
     }
 
     fn find(&self, contents: &Contents) -> Result<Found, ImportError> {

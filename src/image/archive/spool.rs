@@ -39,8 +39,9 @@ impl Spool {
         Self { store: store.clone(), folder: store.blobs() }
     }
 
-    /// Starts a file. Blocking.
-    pub(super) fn file(&self) -> Result<SpoolWriter, StoreError> {
+    /// Starts a file of `size` bytes. Blocking.
+    pub(super) fn file(&self, size: u64) -> Result<SpoolWriter, StoreError> {
+        self.store.reserve(size)?;
         let file = AtomicFile::create(&self.folder).map_err(StoreError::io(&self.folder))?;
         Ok(SpoolWriter { file, folder: self.folder.clone() })
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::image::registry::docker_config::DockerConfig;
+
 /// Who to be at the registry. Its `Debug` form hides the secrets.
 #[derive(Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -66,7 +68,7 @@ pub(in crate::image) enum Credentials {
     /// The caller's word, for the registry of the reference and for no mirror.
     Given(RegistryAuth),
     /// A Docker configuration; by default the user's.
-    Docker(super::docker_config::DockerConfig),
+    Docker(DockerConfig),
 }
 
 #[cfg(test)]

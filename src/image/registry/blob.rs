@@ -30,7 +30,7 @@ use crate::image::store::run_blocking;
 const WRITE_CHUNK: usize = 1 << 20;
 
 /// A blob slower than this, on average, is a registry that keeps us waiting, in bytes a second.
-const MIN_BYTES_PER_SECOND: u64 = 32 << 10;
+pub(super) const MIN_BYTES_PER_SECOND: u64 = 32 << 10;
 
 /// A blob to be fetched.
 pub(super) struct Download<'a> {
@@ -76,17 +76,16 @@ impl Download<'_> {
             let before = writer.written();
             let (back, attempt) = self.attempt(writer, course.deadline).await?;
             writer = back;
-            let is_whole = writer.written() == self.blob.size;
             let failure = match attempt {
-                Attempt::Broke(failure) if !is_whole => failure,
                 // An error after the last byte takes nothing from it.
-                _ => match self.finish(writer, &course).await? {
-                    None => return Ok(()),
-                    Some(again) => {
-                        writer = self.create().await?;
-                        again
+                Attempt::Broke(failure) if writer.written() < self.blob.size => failure,
+                _ => {
+                    if self.finish(writer, &mut course).await? {
+                        return Ok(());
                     }
-                },
+                    writer = self.create().await?;
+                    continue;
+                }
             };
             if writer.written() >= before + WRITE_CHUNK as u64 {
                 course.backoff.progressed();
@@ -102,14 +101,16 @@ impl Download<'_> {
         run_blocking(move || Ok(BlobWriter::create(&store, expected)?)).await
     }
 
-    /// Gives the blob its name, if it is what it should be. A failure that comes back can be cured by a fresh start.
-    async fn finish(&self, writer: BlobWriter, course: &Course) -> Result<Option<Failure>, PullError> {
+    /// Gives the blob its name, if it is what it should be; false if a fresh start may make it so.
+    async fn finish(&self, writer: BlobWriter, course: &mut Course) -> Result<bool, PullError> {
         match run_blocking(move || writer.finish()).await {
-            Ok(()) => Ok(None),
-            // Whole answers do not get better by being repeated; but several answers may have been of different content,
-            // and a registry may have sent another part than was asked for.
-            Err(error @ BlobError::DigestMismatch { .. }) if course.is_pieced && course.may_restart => {
-                Ok(Some(Failure::new(error.into(), Cure::Restart)))
+            Ok(()) => Ok(true),
+            // A whole answer does not get better by being repeated. But several may have been of different content, and a
+            // registry may have sent another part than was asked for.
+            Err(BlobError::DigestMismatch { .. }) if course.is_pieced && std::mem::take(&mut course.may_restart) => {
+                tracing::debug!(what = %self.what, "its parts do not fit together; once more from the start");
+                course.is_pieced = false;
+                Ok(false)
             }
             Err(error) => Err(error.into()),
         }

@@ -55,8 +55,7 @@ impl Asked<'_> {
     pub(super) fn failed(self, error: OciDistributionError) -> Failure {
         use OciDistributionError as E;
         match error {
-            E::AuthenticationFailure(text) => self.token_refused(&text),
-            E::UnauthorizedError { .. } => self.unauthorized(Cure::Login),
+            E::AuthenticationFailure(_) | E::UnauthorizedError { .. } => self.unauthorized(Cure::Login),
             E::ServerError { code, message, .. } => self.status(code, &message),
             E::ImageManifestNotFoundError(_) => self.unknown(),
             E::RegistryError { envelope, .. } => self.enveloped(&envelope),
@@ -129,14 +128,6 @@ impl Asked<'_> {
 
     fn unknown(self) -> Failure {
         Failure::new(PullError::UnknownImage { reference: self.reference.to_owned() }, Cure::Nothing)
-    }
-
-    /// The client tells only what a token server said, not the status that it said it with.
-    fn token_refused(self, text: &str) -> Failure {
-        match serde_json::from_str::<OciEnvelope>(text) {
-            Ok(envelope) if has(&envelope, &[OciErrorCode::Toomanyrequests]) => self.status(429, ""),
-            _ => self.unauthorized(Cure::Nothing),
-        }
     }
 
     fn enveloped(self, envelope: &OciEnvelope) -> Failure {
@@ -216,14 +207,5 @@ mod tests {
         let failure = ASKED.status(418, &"no\n".repeat(999));
         let message = failure.error.source().unwrap().to_string();
         assert!(message.len() <= MAX_MESSAGE && !message.contains('\n'), "{message}");
-    }
-
-    #[test]
-    fn a_token_servers_rate_limit_is_not_a_refusal() {
-        let text = r#"{"errors":[{"code":"TOOMANYREQUESTS","message":"slow down"}]}"#;
-        let failure = ASKED.failed(OciDistributionError::AuthenticationFailure(text.to_owned()));
-        assert!(matches!(failure.error, PullError::RateLimited { .. }));
-        let failure = ASKED.failed(OciDistributionError::AuthenticationFailure("no".to_owned()));
-        assert!(matches!(failure.error, PullError::Unauthorized { .. }));
     }
 }

@@ -1,17 +1,17 @@
 //! Pulling from a registry (distribution-spec), by `oci-client`.
 //!
-//! That crate speaks the protocol and does the authentication; this module decides what to fetch, from whom, how often to
-//! try, and checks what arrives.
+//! That crate speaks the protocol; this module gets the credentials and tokens for it, decides what to fetch, from whom,
+//! how often to try, and checks what arrives.
 //!
 //! ```text
 //! mirrors, then the origin: source ── login, manifests ──> index_search ──> blobs, some at once ──> store
-//!        auth, docker_config, helper, identity ─┘  └─ transport    backoff, failure ─┘
+//!           auth, docker_config, helper, login ─┘  └─ transport    backoff, failure ─┘
 //! ```
 //!
 //! Every step has a deadline. Plain HTTP is spoken to loopback registries and to those for which the caller asks for it.
 //!
-//! Known limits of `oci-client`: it reads a manifest into memory whole before its size can be refused, so a hostile
-//! registry can make this process hold what it manages to send within one step's deadline (blobs, configurations
+//! Known limits of `oci-client`: it reads a manifest or a refusal into memory whole before its size can be refused, so a
+//! hostile registry can make this process hold what it manages to send within one step's deadline (blobs, configurations
 //! included, are streamed and stop at their promised size). It shows no headers, so `Retry-After` is not heard and
 //! `Content-Range` not compared; the length of a partial answer and the digest of the whole are.
 
@@ -21,7 +21,7 @@ mod blob;
 mod docker_config;
 mod failure;
 mod helper;
-mod identity;
+mod login;
 mod source;
 mod transport;
 
@@ -54,9 +54,11 @@ use crate::image::progress::Progress;
 use crate::image::progress::ProgressEvent;
 use crate::image::reference::Reference;
 use crate::image::registry::blob::Download;
+use crate::image::registry::blob::MIN_BYTES_PER_SECOND;
 use crate::image::registry::source::Patience;
 use crate::image::registry::source::Source;
 use crate::image::store::ImageStore;
+use crate::image::store::Lease;
 use crate::image::store::run_blocking;
 
 /// How we call ourselves.
@@ -140,10 +142,11 @@ impl Pull<'_> {
     async fn run(&self) -> Result<Image, PullError> {
         self.options.progress.send(ProgressEvent::Resolving { reference: self.reference.to_string() });
         self.source.login().await?;
-        let (digest, manifest) = self.resolve().await?;
+        let (digest, manifest, _lease) = self.resolve().await?;
         let config = self.config(&manifest).await?;
         // Judged before the layers are fetched: an image that cannot run is not worth the transfer.
-        let image = self.store.assemble(digest, &manifest, &config)?;
+        let (store, parsed) = (self.store.clone(), manifest.clone());
+        let image = run_blocking(move || Ok::<_, PullError>(store.assemble(digest, &parsed, &config)?)).await?;
         image.config().require(&self.options.platform).map_err(ManifestError::from)?;
         let layers = manifest.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
         self.options.progress.send(ProgressEvent::Resolved { image: digest, layers });
@@ -152,16 +155,21 @@ impl Pull<'_> {
         Ok(image)
     }
 
-    /// Follows the reference through indexes to an image manifest, which ends up in the store.
-    async fn resolve(&self) -> Result<(Digest, Manifest), PullError> {
+    /// Follows the reference through indexes to an image manifest, which ends up in the store; all of the image is kept from
+    /// now on.
+    async fn resolve(&self) -> Result<(Digest, Manifest, Lease), PullError> {
         let mut search = IndexSearch::open(self.options.platform.clone());
         let (mut digest, mut bytes) = self.source.manifest(self.reference.digest()).await?;
         loop {
             match Resolved::parse(&bytes)? {
                 Resolved::Image(manifest) => {
                     let store = self.store.clone();
-                    run_blocking(move || store.put_small(&digest, &bytes)).await?;
-                    return Ok((digest, manifest));
+                    let blobs = manifest.blobs(digest);
+                    let keep = move || {
+                        let lease = store.lease(&blobs)?;
+                        store.put_small(&digest, &bytes).map(|()| lease)
+                    };
+                    return Ok((digest, manifest, run_blocking(keep).await?));
                 }
                 Resolved::Index(index) => search.index(&index)?,
             }
@@ -207,15 +215,20 @@ impl Pull<'_> {
         results.into_iter().collect()
     }
 
-    /// A layer that is here is not fetched. Two pulls that find one missing at the same time both fetch it, and the store
-    /// keeps one: whatever makes one wait for the other belongs around these two steps.
+    /// A layer that is here is not fetched, and one that somebody else is fetching is waited for.
     async fn layer(&self, index: usize, layer: &Descriptor) -> Result<(), PullError> {
+        let what = format!("layer {index}");
+        let name = format!("fetch {}", layer.digest);
+        let _claim = tokio::select! {
+            claim = self.store.claim(&name, self.source.blob_limit(layer.size, MIN_BYTES_PER_SECOND)) => claim?,
+            () = self.source.stop.cancelled() => None,
+        };
         let (store, digest, size) = (self.store.clone(), layer.digest, layer.size);
         if run_blocking(move || Ok::<_, PullError>(store.contains(&digest, size))).await? {
             self.options.progress.send(ProgressEvent::Fetching { layer: digest, done: size, total: size });
             return Ok(());
         }
-        self.fetch(format!("layer {index}"), layer, Some(&self.options.progress)).await
+        self.fetch(what, layer, Some(&self.options.progress)).await
     }
 
     async fn fetch(&self, what: String, blob: &Descriptor, progress: Option<&Progress>) -> Result<(), PullError> {

@@ -4,11 +4,12 @@
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use oci_client::Client;
-use oci_client::RegistryOperation;
 use oci_client::client::BlobResponse;
 use oci_client::client::ClientConfig;
 use oci_client::client::ClientProtocol;
@@ -33,9 +34,10 @@ use crate::image::registry::backoff::Backoff;
 use crate::image::registry::failure::Asked;
 use crate::image::registry::failure::Cure;
 use crate::image::registry::failure::Failure;
-use crate::image::registry::identity;
+use crate::image::registry::login;
 use crate::image::registry::transport::RegistryTransport;
 use crate::image::registry::transport::Tls;
+use crate::image::store::run_blocking;
 
 /// As good as never, and still within the clock's range whatever was asked for.
 pub(super) const FAR_FUTURE: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
@@ -50,14 +52,18 @@ pub(super) struct Source {
     target: oci_client::Reference,
     tls: Option<Tls>,
     auth: RegistryAuth,
+    /// Asks for tokens.
+    asking: reqwest::Client,
     session: Mutex<Session>,
     step_timeout: Duration,
     retries: u32,
+    /// Whether it has answered a request that it might have refused.
+    is_known: AtomicBool,
     /// Set when one blob has failed, so that the others end and clean up.
     pub(super) stop: CancellationToken,
 }
 
-/// The client keeps the first credentials that it is shown, so new ones need a new client.
+/// The client keeps the first credentials that it is shown, so new ones need a client that has not been used.
 #[derive(Clone)]
 struct Session {
     client: Client,
@@ -96,13 +102,14 @@ impl Source {
         let oci_auth = match &auth {
             RegistryAuth::Basic { user, password } => OciAuth::Basic(user.clone(), password.clone()),
             RegistryAuth::Bearer { token } => OciAuth::Bearer(token.clone()),
-            // An identity is exchanged at the first login.
+            // An identity is exchanged at the login.
             RegistryAuth::Anonymous | RegistryAuth::Identity { .. } => OciAuth::Anonymous,
         };
         let Patience { step_timeout, retries } = patience;
-        let session = Mutex::new(Session { client: client(tls.as_ref(), step_timeout)?, auth: oci_auth });
-        let (reference, stop) = (reference.to_string(), CancellationToken::new());
-        Ok(Self { registry, reference, target, tls, auth, session, step_timeout, retries, stop })
+        let session = Mutex::new(Session { client: client(tls.as_ref())?, auth: oci_auth });
+        let asking = login::client(tls.as_ref())?;
+        let (reference, is_known, stop) = (reference.to_string(), AtomicBool::new(false), CancellationToken::new());
+        Ok(Self { registry, reference, target, tls, auth, asking, session, step_timeout, retries, is_known, stop })
     }
 
     pub(super) fn asked<'a>(&'a self, what: &'a str) -> Asked<'a> {
@@ -120,8 +127,7 @@ impl Source {
         attempts.saturating_add(pauses).saturating_add(Duration::from_secs(size / rate)).min(FAR_FUTURE)
     }
 
-    /// Makes itself known. Done ahead of the first request, because the client keeps the reasons of a failure to itself
-    /// when it comes across one on the way to something else.
+    /// Gets a token, if the registry wants one. A password that it takes as it is goes with the requests themselves.
     pub(super) async fn login(&self) -> Result<(), PullError> {
         let mut backoff = self.backoff();
         loop {
@@ -134,22 +140,29 @@ impl Source {
     }
 
     async fn log_in(&self) -> Result<(), Failure> {
-        let what = "a token";
-        let mut session = self.session();
-        if let RegistryAuth::Identity { token } = &self.auth {
-            let unusable = |error| Failure::new(error, Cure::Nothing);
-            let client = identity::client(self.tls.as_ref(), self.step_timeout).map_err(unusable)?;
-            let scheme = if self.tls.is_some() { "https" } else { "http" };
-            let root = format!("{scheme}://{}/v2/", self.target.resolve_registry());
-            let exchange = identity::exchange(&client, self.asked(what), &root, self.target.repository(), token);
-            session = Session {
-                auth: OciAuth::Bearer(self.step(what, None, exchange).await??),
-                client: self::client(self.tls.as_ref(), self.step_timeout).map_err(unusable)?,
-            };
-            *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session.clone();
+        if matches!(self.auth, RegistryAuth::Bearer { .. }) {
+            return Ok(());
         }
-        let login = session.client.auth(&self.target, &session.auth, RegistryOperation::Pull);
-        self.step(what, None, login).await?.map(drop).map_err(|error| self.asked(what).failed(error))
+        let what = "a token";
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let root = format!("{scheme}://{}/v2/", self.target.resolve_registry());
+        let token = login::token(&self.asking, self.asked(what), &root, self.target.repository(), &self.auth);
+        if let Some(token) = self.step(what, None, token).await?? {
+            let client = if self.is_known.load(Ordering::Relaxed) {
+                let tls = self.tls.clone();
+                // Blocking: the authorities that the system trusts are read from files.
+                let client = run_blocking(move || client(tls.as_ref())).await;
+                client.map_err(|error| Failure::new(error, Cure::Nothing))?
+            } else {
+                self.session().client
+            };
+            let auth = OciAuth::Bearer(token);
+            // Requests for blobs do not show it any.
+            client.store_auth_if_needed(self.target.resolve_registry(), &auth).await;
+            let session = Session { client, auth };
+            *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
+        }
+        Ok(())
     }
 
     /// The manifest or index at `digest`, or where the reference points to.
@@ -173,6 +186,7 @@ impl Source {
         let Session { client, auth } = self.session();
         let request = client.pull_manifest_raw(&target, &auth, &ACCEPTED);
         let (bytes, _) = self.step(what, None, request).await?.map_err(|error| self.asked(what).failed(error))?;
+        self.is_known.store(true, Ordering::Relaxed);
         let refused = |error| Err(Failure::new(error, Cure::Nothing));
         if bytes.len() as u64 > Manifest::MAX_SIZE {
             return refused(PullError::TooLarge { what: what.to_owned(), limit: Manifest::MAX_SIZE });
@@ -224,7 +238,10 @@ impl Source {
     ) -> Result<(), PullError> {
         match failure.cure {
             Cure::Wait => self.wait(backoff, failure.error).await,
-            Cure::Login if std::mem::take(may_log_in) => self.log_in().await.map_err(|failure| failure.error),
+            // A token may have run out; a password that was wrong from the start is not shown twice.
+            Cure::Login if self.is_known.load(Ordering::Relaxed) && std::mem::take(may_log_in) => {
+                self.log_in().await.map_err(|failure| failure.error)
+            }
             _ => Err(failure.error),
         }
     }
@@ -269,13 +286,12 @@ impl Source {
     }
 }
 
-fn client(tls: Option<&Tls>, step_timeout: Duration) -> Result<Client, PullError> {
+/// It has no deadlines of its own: every wait for it has one here.
+fn client(tls: Option<&Tls>) -> Result<Client, PullError> {
     let config = ClientConfig {
         protocol: if tls.is_some() { ClientProtocol::Https } else { ClientProtocol::Http },
         extra_root_certificates: tls.map(Tls::certificates).transpose()?.unwrap_or_default(),
         accept_invalid_certificates: tls.is_some_and(Tls::accepts_everything),
-        connect_timeout: Some(step_timeout),
-        read_timeout: Some(step_timeout),
         user_agent: USER_AGENT,
         ..ClientConfig::default()
     };

@@ -15,6 +15,9 @@ use crate::image::reference::is_loopback;
 
 /// How to speak to a registry.
 ///
+/// The HTTP client goes through the proxy that the process's environment names (`HTTPS_PROXY`, `HTTP_PROXY`, `NO_PROXY`),
+/// if any.
+///
 /// ```
 /// use kiln::image::{Image, RegistryTransport, Tls};
 /// # let pem = "";
