@@ -9,7 +9,7 @@
 //! The events are `stdout` and `stderr`, whose data is base64, and one last `exit` or `error`, whose data is JSON. Base64
 //! because a process prints bytes: they need not be UTF-8, and one event may end in the middle of a character.
 //!
-//! An image that starts with `/` is an OCI layout folder, anything else is pulled from its registry.
+//! An image that starts with `/` is an OCI layout folder or an archive, anything else is pulled from its registry.
 #![allow(clippy::print_stdout, reason = "an example talks to its terminal")]
 
 use std::convert::Infallible;
@@ -179,7 +179,7 @@ fn port(argument: Option<String>) -> Result<u16, Box<dyn Error>> {
 }
 
 async fn boot(name: &str) -> Result<Vm, Box<dyn Error>> {
-    let image = if name.starts_with('/') { Image::from_oci_layout(name).await? } else { Image::pull(name).await? };
+    let image = if name.starts_with('/') { Image::from_path(name).await? } else { Image::pull(name).await? };
     Ok(image.start(VmConfig::new()).await?)
 }
 

@@ -4,7 +4,7 @@
 //! cargo run --example parallel -- IMAGE [LIMIT]
 //! cargo run --example parallel -- --socket PATH [LIMIT]
 //! ```
-//! LIMIT is how many run at the same time; all of them without it. An image that starts with `/` is an OCI layout folder,
+//! LIMIT is how many run at the same time; all of them without it. An image that starts with `/` is an OCI layout folder or an archive,
 //! anything else is pulled from its registry.
 #![allow(clippy::print_stdout, reason = "an example talks to its terminal")]
 
@@ -105,8 +105,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         let exec = ExecBuilder::new(args.next().ok_or(USAGE)?);
         return squares(&exec, args.next()).await;
     }
-    let image =
-        if target.starts_with('/') { Image::from_oci_layout(&target).await? } else { Image::pull(&target).await? };
+    let image = if target.starts_with('/') { Image::from_path(&target).await? } else { Image::pull(&target).await? };
     let vm = image.start(VmConfig::new()).await?;
     let code = squares(&vm.exec_builder(), args.next()).await;
     vm.shutdown().await?;

@@ -1,6 +1,6 @@
 //! Runs one command in an image: `cargo run --example run_image -- IMAGE COMMAND [ARGUMENT...]`.
 //!
-//! An image that starts with `/` is an OCI layout folder, anything else is pulled from its registry. The
+//! An image that starts with `/` is an OCI layout folder or an archive, anything else is pulled from its registry. The
 //! command's output and exit code become this program's.
 #![allow(clippy::print_stderr, reason = "an example talks to its terminal")]
 
@@ -19,11 +19,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         return Ok(ExitCode::from(2));
     };
 
-    let image = if reference.starts_with('/') {
-        Image::from_oci_layout(&reference).await?
-    } else {
-        Image::pull(&reference).await?
-    };
+    let image =
+        if reference.starts_with('/') { Image::from_path(&reference).await? } else { Image::pull(&reference).await? };
     let vm = image.start(VmConfig::new()).await?;
 
     let mut child = vm.exec(command).await?;

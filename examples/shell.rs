@@ -5,7 +5,7 @@
 //! cargo run --example shell -- --socket PATH [COMMAND...]
 //! ```
 //! COMMAND is `sh` by default; its exit code becomes ours. Without a terminal as standard input the command gets three
-//! pipes instead of one. An image that starts with `/` is an OCI layout folder, anything else is pulled from its registry.
+//! pipes instead of one. An image that starts with `/` is an OCI layout folder or an archive, anything else is pulled from its registry.
 #![allow(clippy::print_stderr, reason = "an example talks to its terminal")]
 
 use std::error::Error;
@@ -59,8 +59,7 @@ async fn run(mut args: impl Iterator<Item = String>) -> Result<ExitCode, Box<dyn
         let exec = ExecBuilder::new(args.next().ok_or(USAGE)?);
         return shell(exec, args.collect()).await;
     }
-    let image =
-        if target.starts_with('/') { Image::from_oci_layout(&target).await? } else { Image::pull(&target).await? };
+    let image = if target.starts_with('/') { Image::from_path(&target).await? } else { Image::pull(&target).await? };
     let vm = image.start(VmConfig::new()).await?;
     let code = shell(vm.exec_builder(), args.collect()).await;
     vm.shutdown().await?;

@@ -1,7 +1,7 @@
 //! Runs an image's own command: `cargo run --example workload -- IMAGE [COMMAND ARGUMENT...]`.
 //!
 //! What it prints is printed here as it comes. Ctrl-C stops it with the image's stop signal, and its exit code becomes this program's. A COMMAND takes
-//! the place of the image's own. An image that starts with `/` is an OCI layout folder, anything else is pulled from its registry.
+//! the place of the image's own. An image that starts with `/` is an OCI layout folder or an archive, anything else is pulled from its registry.
 #![allow(clippy::print_stderr, reason = "an example talks to its terminal")]
 
 use std::error::Error;
@@ -30,11 +30,8 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
         eprintln!("usage: workload IMAGE [COMMAND ARGUMENT...]");
         return Ok(ExitCode::from(2));
     };
-    let image = if reference.starts_with('/') {
-        Image::from_oci_layout(&reference).await?
-    } else {
-        Image::pull(&reference).await?
-    };
+    let image =
+        if reference.starts_with('/') { Image::from_path(&reference).await? } else { Image::pull(&reference).await? };
     let vm = image.start(VmConfig::new()).await?;
     let workload = if command.is_empty() { vm.workload() } else { vm.workload().argv(command) };
     let workload = workload.start().await?;

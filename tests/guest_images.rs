@@ -12,6 +12,7 @@ use std::path::Path;
 
 use debian::DebianImage;
 use debian::Recipe;
+use futures::TryStreamExt;
 use guest::BUSYBOX;
 use guest::config;
 use guest::sh;
@@ -22,7 +23,11 @@ use image_support::run;
 use image_support::scratch;
 use kiln::Image;
 use kiln::Vm;
+use kiln::WorkloadLog;
+use kiln::image::ImageChanges;
+use kiln::image::ImageFile;
 use kiln::units::Bytes;
+use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -83,7 +88,7 @@ async fn nginx_serves_its_page() {
     let nginx = tokio::task::spawn_blocking(|| DebianImage::ensure(&NGINX, include_str!("guest_images.rs"))).await;
     let (_place, image) = pull(&nginx.unwrap().layout()).await;
     let vm = boot(&image).await;
-    let mut server = vm.exec(image.config().command()).await.expect("starts");
+    let server = vm.workload().start().await.expect("starts");
     until(&vm, "busybox netstat -ltn | busybox grep -c '0.0.0.0:80 '", "1\n").await;
     let forwarder = vm.expose_tcp(0, 80).await.expect("listens");
     let mut client = TcpStream::connect(forwarder.local_addr()).await.expect("connects");
@@ -92,7 +97,9 @@ async fn nginx_serves_its_page() {
     client.read_to_string(&mut page).await.expect("answered");
     assert!(page.starts_with("HTTP/1.1 200 OK\r\nServer: nginx/"), "{page}");
     assert!(page.contains("<title>Welcome to nginx!</title>"), "{page}");
-    server.kill().await.expect("killed");
+    // Its master process ends by itself on the image's own stop signal.
+    let exit = server.stop(guest::DEADLINE).await.expect("stops");
+    assert_eq!(exit.status.code(), Some(0), "{exit:?}");
 }
 
 /// Three layers by `umoci repack`: the second changes, removes and replaces, the third puts some of it back.
@@ -138,6 +145,33 @@ fn layered(folder: &Path) {
         write("data/dir/three", "third\n");
         fs::hard_link(root.join("data/kept"), root.join("data/kept-third")).unwrap();
     });
+}
+
+#[tokio::test]
+async fn what_a_caller_changes_holds_in_the_guest() {
+    let (_place, image) = guest::busybox_image(json!({ "Cmd": ["old"], "User": "guest" })).await;
+    let changes = ImageChanges::new()
+        .file(ImageFile::new("/etc/group", "root:x:0:\nwheel:x:10:root\n"))
+        .file(ImageFile::new("/etc/passwd", "root:x:0:0::/var/root:/bin/sh\n"))
+        .file(ImageFile::new("/usr/bin/greet", "#!/bin/sh\necho $GREETING from $PWD\n").mode(0o755))
+        .env("GREETING", "hello")
+        .user("")
+        .workdir("/made/here")
+        .hostname("box")
+        .entrypoint(["greet"]);
+    let vm = boot(&image.changed(changes).await.unwrap()).await;
+    // No USER is root, with the groups and the home that the image's files give it.
+    assert_eq!(sh(&vm, "id -G; echo $HOME; hostname").await, "0 10\n/var/root\nbox\n");
+    let workload = vm.workload().start().await.expect("starts");
+    let logs: Vec<_> = workload.logs().try_collect().await.expect("to its end");
+    let text: Vec<u8> = logs
+        .into_iter()
+        .flat_map(|log| match log {
+            WorkloadLog::Stdout(bytes) => bytes.to_vec(),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(String::from_utf8_lossy(&text), "hello from /made/here\n");
 }
 
 #[tokio::test]

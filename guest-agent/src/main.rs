@@ -133,7 +133,8 @@ fn guest_defaults(config: GuestConfig) -> Defaults {
     let mut env = BTreeMap::from([("PATH".to_owned(), DEFAULT_PATH.to_owned())]);
     env.extend(config.env);
     let workdir = if config.workdir.is_empty() { "/".to_owned() } else { config.workdir };
-    let user = config.user.filter(|user| !user.is_empty());
+    // Without one it is root, with the home and the other groups that the image's files give it, as with Docker.
+    let user = Some(config.user.filter(|user| !user.is_empty()).unwrap_or_else(|| users::ROOT.to_owned()));
     // The kernel starts PID 1 with none ignored.
     Defaults { env, workdir, user, open_files: raise_open_files(), ignored: Vec::new() }
 }

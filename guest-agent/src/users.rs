@@ -20,7 +20,7 @@ const MAX_DATABASE: u64 = 1 << 20;
 const MAX_ID: u32 = i32::MAX as u32;
 
 /// Who has the number 0, under whatever name.
-const ROOT: &str = "0";
+pub(crate) const ROOT: &str = "0";
 
 /// An identity and the home folder that goes with it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -26,7 +26,7 @@ use crate::progress::Running;
 
 const AT_ONCE: usize = 20;
 
-/// Runs the demo on the image that `name` is the reference or the layout folder of, or on one made of the
+/// Runs the demo on the image that `name` is the reference or the path of, or on one made of the
 /// distribution's busybox.
 pub(crate) fn run(name: Option<&str>) -> Result<()> {
     let mut phases = Phases::start();
@@ -40,7 +40,7 @@ pub(crate) fn run(name: Option<&str>) -> Result<()> {
 
 /// Where the image comes from.
 enum Source<'a> {
-    Layout(&'a Path),
+    Path(&'a Path),
     Registry(&'a str),
     Busybox(PathBuf),
 }
@@ -51,9 +51,7 @@ impl<'a> Source<'a> {
         match name {
             None => busybox_image::ensure().map(Self::Busybox),
             // No reference starts like a path.
-            Some(path) if path.starts_with(['/', '.']) || Path::new(path).join("oci-layout").is_file() => {
-                Ok(Self::Layout(Path::new(path)))
-            }
+            Some(path) if path.starts_with(['/', '.']) || Path::new(path).exists() => Ok(Self::Path(Path::new(path))),
             Some(reference) => {
                 packages::ensure("talking to registries", &["ca-certificates"])?;
                 Ok(Self::Registry(reference))
@@ -62,15 +60,15 @@ impl<'a> Source<'a> {
     }
 
     async fn image(&self) -> Result<Image> {
-        let folder = match self {
+        let path = match self {
             Self::Registry(reference) => {
                 let _running = Running::start(format!("pulling {reference}"));
                 return Image::pull(reference).await.with_context(|| format!("cannot pull {reference}"));
             }
-            Self::Layout(folder) => folder,
+            Self::Path(path) => path,
             Self::Busybox(folder) => folder.as_path(),
         };
-        Image::from_oci_layout(folder).await.with_context(|| format!("cannot read {}", folder.display()))
+        Image::from_path(path).await.with_context(|| format!("cannot read {}", path.display()))
     }
 }
 

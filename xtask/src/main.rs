@@ -33,7 +33,7 @@ enum Task {
     /// Boot a microVM and run commands in it, with everything that takes.
     Demo {
         /// Any image with a shell, in place of one made of the distribution's busybox: a reference to pull, or
-        /// the path of an OCI layout folder.
+        /// the path of an OCI layout folder or of an archive.
         #[arg(long, value_name = "REF")]
         image: Option<String>,
     },

@@ -69,8 +69,7 @@ async fn serve(mut args: impl Iterator<Item = String>) -> Result<(), Box<dyn Err
         let exec = ExecBuilder::new(args.next().ok_or(USAGE)?);
         return listen(exec, args.next()).await;
     }
-    let image =
-        if target.starts_with('/') { Image::from_oci_layout(&target).await? } else { Image::pull(&target).await? };
+    let image = if target.starts_with('/') { Image::from_path(&target).await? } else { Image::pull(&target).await? };
     let vm = image.start(VmConfig::new()).await?;
     let served = tokio::select! {
         served = listen(vm.exec_builder(), args.next()) => served,
