@@ -1,6 +1,6 @@
 //! Guest RAM: the only owner of guest mappings, and the first of the unsafe fences.
 //!
-//! RAM is one anonymous host mapping. Guest-physically it lies in at most two pieces: from 0 up to
+//! RAM is one host mapping, anonymous or a private one of a saved guest's memory. Guest-physically it lies in at most two pieces: from 0 up to
 //! [`HOLE_START`], and what does not fit from [`HOLE_END`] on; the hole between them belongs to MMIO.
 //!
 //! ```text
