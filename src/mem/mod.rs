@@ -15,7 +15,9 @@
 //! [`GuestRam::store`], which cost one compare and one move.
 
 mod code_pages;
+mod page_set;
 mod ram;
 
 pub use code_pages::{CodePages, CodePagesSlice};
-pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar};
+pub use page_set::PageSet;
+pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar, SourceId};

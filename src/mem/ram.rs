@@ -10,6 +10,7 @@ use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::CodePages;
+use super::PageSet;
 use crate::units::{Bytes, GuestAddr, PAGE_SIZE};
 
 /// Where the MMIO hole begins: RAM below this GPA is the low part.
@@ -133,7 +134,11 @@ pub struct GuestRam {
     mapping: Mapping,
     code_pages: CodePages,
     low: u64,
+    source: Option<SourceId>,
 }
+
+/// Names what files hold, for whoever maps them to know it again.
+pub type SourceId = [u8; 32];
 
 impl GuestRam {
     /// Maps `size` bytes of zeroed RAM.
@@ -194,6 +199,57 @@ impl GuestRam {
         Self::over(Mapping::new(base, len)?)
     }
 
+    /// Replaces `len` bytes from RAM offset `offset` on by what `file` holds at the same offset, copy-on-write and under
+    /// the conditions of [`from_file`](Self::from_file). For memory that is not in use yet.
+    ///
+    /// # Errors
+    /// As `from_file`; a range that is not whole pages of RAM is a [`RamError::Size`].
+    pub fn overlay(&mut self, file: &File, offset: RamOffset, len: Bytes) -> Result<(), RamError> {
+        let pages = checked_len(len)?;
+        let start = self.range(offset, len.0).ok_or(RamError::Size(len))?;
+        if !offset.is_multiple_of(PAGE_SIZE) {
+            return Err(RamError::FileOffset(offset));
+        }
+        let found = Bytes(file.metadata().map_err(RamError::File)?.len());
+        if found.0 < offset + len.0 {
+            return Err(RamError::FileTooShort { found, offset, wanted: len });
+        }
+        // SAFETY: `start` and `pages` are whole pages in this mapping (`range`, `checked_len`), so the fixed address
+        // replaces memory that only this value owns, and nobody uses it meanwhile (`&mut self`). No Rust reference
+        // points into it, and it stays readable and writable. For the file see `from_file`.
+        unsafe {
+            mmap(
+                start.cast(),
+                pages,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+                file,
+                offset,
+            )
+        }
+        .map_err(|e| RamError::Map(len, e.into()))?;
+        Ok(())
+    }
+
+    /// Says what the mapped files hold.
+    #[must_use]
+    pub fn with_source(mut self, source: SourceId) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    /// What [`with_source`](Self::with_source) said: what RAM was before anybody wrote to it.
+    #[must_use]
+    pub fn source(&self) -> Option<SourceId> {
+        self.source
+    }
+
+    /// The pages that may have been written since the files were mapped; `None` when the host does not tell.
+    #[must_use]
+    pub fn private_pages(&self) -> Option<PageSet> {
+        PageSet::private(self.mapping.base.as_ptr() as u64, self.size().0)
+    }
+
     fn over(mapping: Mapping) -> Result<Self, RamError> {
         let size = Bytes(mapping.len as u64);
         let code_pages = CodePages::new(size.0);
@@ -203,7 +259,7 @@ impl GuestRam {
             regions.push(region(&mapping, HOLE_END, low, size.0 - low, &code_pages)?);
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| RamError::Map(size, io::Error::other(e)))?;
-        Ok(Self { memory, mapping, code_pages, low })
+        Ok(Self { memory, mapping, code_pages, low, source: None })
     }
 
     /// The devices' view, in guest-physical addresses.
@@ -395,6 +451,41 @@ mod tests {
         assert!(matches!(map(1 << 63, PAGE_SIZE), RamError::FileOffset(_)));
         assert!(matches!(map(0, 0), RamError::Size(_)));
         assert!(matches!(map(0, 1 << 62), RamError::Size(_)));
+    }
+
+    #[test]
+    fn an_overlay_replaces_pages_and_no_others() {
+        let [below, above] = [b'b', b'a'].map(|byte| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&[byte; 4 * PAGE_SIZE as usize], 0).unwrap();
+            file
+        });
+        let mut ram = GuestRam::from_file(&below, 0, Bytes(4 * PAGE_SIZE)).unwrap();
+        ram.overlay(&above, PAGE_SIZE, Bytes(2 * PAGE_SIZE)).unwrap();
+        let page = |n: u64| [ram.load(n * PAGE_SIZE), ram.load(n * PAGE_SIZE + 4095)];
+        assert_eq!([0, 1, 2, 3].map(page), [b'b', b'a', b'a', b'b'].map(|byte| [Some(byte); 2]));
+        for (offset, len) in [(1, 4096), (0, 1), (0, 0), (3 * 4096, 2 * 4096), (u64::MAX - 4095, 4096)] {
+            assert!(ram.overlay(&above, offset, Bytes(len)).is_err(), "{offset:#x} {len:#x}");
+        }
+        above.set_len(PAGE_SIZE).unwrap();
+        assert!(matches!(ram.overlay(&above, PAGE_SIZE, Bytes(PAGE_SIZE)), Err(RamError::FileTooShort { .. })));
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn written_pages_of_a_file_are_private() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 8 * PAGE_SIZE as usize], 0).unwrap();
+        let ram = GuestRam::from_file(&file, 0, Bytes(8 * PAGE_SIZE)).unwrap();
+        let read: u32 = (0..4).map(|n| u32::from(ram.load::<u8>(n * PAGE_SIZE).unwrap())).sum();
+        assert_eq!(read, 4);
+        ram.store(PAGE_SIZE, 1u8).unwrap();
+        ram.store(6 * PAGE_SIZE, 1u8).unwrap();
+        // A host that does not tell is one too.
+        if let Some(pages) = ram.private_pages() {
+            let private: Vec<u64> = (0..8).filter(|n| pages.contains(n * PAGE_SIZE)).collect();
+            assert_eq!(private, [1, 6]);
+        }
     }
 
     #[test]
