@@ -16,7 +16,7 @@ use crate::progress::Running;
 use crate::workspace;
 
 /// The targets that run unless some are named; each is a file in `fuzz/fuzz_targets`, a `[[bin]]` there and a folder of seeds.
-const TARGETS: &[&str] = &["frames", "request_json", "control_json", "unpack"];
+const TARGETS: &[&str] = &["frames", "request_json", "control_json", "unpack", "snapshot"];
 
 /// libFuzzer is C++.
 const PACKAGES: &[&str] = &["g++"];
