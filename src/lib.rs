@@ -25,6 +25,7 @@
 //! | [`mem`] | guest RAM |
 //! | [`hv`] | the seam to the engines that run guest processors, and the software engine |
 //! | [`vmm`] | the machine: bus, devices, boot |
+//! | [`snapshot`] | a paused machine as a folder, and machines that go on from it |
 //! | [`image`] | OCI images: registry, layout folder, archive, store |
 //! | [`rootfs`] | layers to a filesystem image |
 //! | [`transport`] | byte streams into the guest |
@@ -50,6 +51,7 @@ pub mod hv;
 pub mod image;
 pub mod mem;
 pub mod rootfs;
+pub mod snapshot;
 pub mod tcp;
 pub mod transport;
 pub mod units;

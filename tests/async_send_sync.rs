@@ -21,12 +21,18 @@ use kiln::image::Tls;
 use kiln::mem::GuestRam;
 use kiln::rootfs;
 use kiln::rootfs::RootImage;
+use kiln::snapshot::Snapshot;
+use kiln::snapshot::SnapshotError;
 use kiln::transport::GuestStream;
 use kiln::vm::Assets;
 use kiln::vm::GuestRoot;
 use kiln::vm::VmEnd;
 use kiln::vmm::Machine;
 use kiln::vmm::MachineConfig;
+use kiln::vmm::MachineState;
+use kiln::vmm::PauseError;
+use kiln::vmm::RestoreError;
+use kiln::vmm::SaveError;
 use kiln::vmm::console::Console;
 use kiln::*;
 use tokio::io::AsyncRead;
@@ -62,6 +68,8 @@ const _: () = {
     value::<GuestRoot>();
     value::<Machine>();
     value::<MachineConfig>();
+    value::<MachineState>();
+    value::<Snapshot>();
     value::<Console>();
     value::<GuestRam>();
     value::<hv::soft::Soft>();
@@ -93,6 +101,10 @@ const _: () = {
     error::<StartError>();
     error::<WorkloadError>();
     error::<ShutdownError>();
+    error::<PauseError>();
+    error::<SaveError>();
+    error::<RestoreError>();
+    error::<SnapshotError>();
 
     reader::<ExecStdout>();
     reader::<GuestFileReader>();
@@ -156,4 +168,9 @@ fn operations_that_borrow_can_move_between_threads() {
         sendable(store.import_archive_from(tokio::io::empty(), options));
     };
     let _ = |child: &mut ExecChild| sendable(child.wait());
+    let _ = |machine: &mut Machine| sendable(machine.pause());
+    let _ = |machine: &Machine, snapshot: &Snapshot, engine: &hv::soft::Soft| {
+        sendable(machine.save());
+        sendable(snapshot.restore(engine, &[]));
+    };
 }

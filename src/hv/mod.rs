@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crate::mem::GuestRam;
 use crate::units::{Gsi, GuestAddr, VcpuId};
+use state::IrqChipState;
 use state::VcpuState;
 
 /// What an engine could not do.
@@ -79,6 +80,12 @@ pub trait Hypervisor: Debug + Send + Sync {
     /// # Errors
     /// [`HvError`] when the host refuses or the spec asks for what the engine does not have.
     fn create_vm(&self, spec: &VmSpec, ram: Arc<GuestRam>) -> Result<Box<dyn HvVm>, HvError>;
+
+    /// What processor the guest sees, by name. A saved machine goes on only under the name that it was saved under:
+    /// a guest looks once at what its processor can do and then relies on it.
+    fn cpu_profile(&self) -> &str {
+        "unnamed"
+    }
 }
 
 /// One virtual machine: its interrupt controllers and the source of its vCPUs.
@@ -94,6 +101,32 @@ pub trait HvVm: Debug + Send + Sync {
     /// # Errors
     /// [`HvError::Unsupported`] for a number the controller does not have.
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError>;
+
+    /// The state of the interrupt controllers, while no vCPU runs and no line changes.
+    ///
+    /// # Errors
+    /// [`HvError::Unsupported`] by an engine that cannot save machines.
+    fn save_irqchip(&self) -> Result<IrqChipState, HvError> {
+        Err(HvError::Unsupported("saving the interrupt controllers"))
+    }
+
+    /// Replaces the state of the interrupt controllers, while no vCPU runs and no line changes. Bits that the hardware
+    /// does not have are dropped.
+    ///
+    /// # Errors
+    /// [`HvError::Unsupported`] by an engine that cannot restore machines.
+    fn restore_irqchip(&self, _state: &IrqChipState) -> Result<(), HvError> {
+        Err(HvError::Unsupported("restoring the interrupt controllers"))
+    }
+
+    /// Makes the guest's time stand still: the time stamp counter, and with it the paravirtual clock and all timers.
+    /// Called when no vCPU runs. Idempotent.
+    ///
+    /// An engine that cannot do it lets time run on, and the guest sees a pause as time in which it was not scheduled.
+    fn stop_time(&self) {}
+
+    /// Lets time go on from where it stood, without a jump. Idempotent.
+    fn start_time(&self) {}
 }
 
 /// A vCPU that has not met its thread yet.

@@ -1,6 +1,6 @@
 //! Guest RAM: the only owner of guest mappings, and the first of the unsafe fences.
 //!
-//! RAM is one anonymous host mapping. Guest-physically it lies in at most two pieces: from 0 up to
+//! RAM is one host mapping, anonymous or a private one of a saved guest's memory. Guest-physically it lies in at most two pieces: from 0 up to
 //! [`HOLE_START`], and what does not fit from [`HOLE_END`] on; the hole between them belongs to MMIO.
 //!
 //! ```text
@@ -15,7 +15,9 @@
 //! [`GuestRam::store`], which cost one compare and one move.
 
 mod code_pages;
+mod page_set;
 mod ram;
 
 pub use code_pages::{CodePages, CodePagesSlice};
-pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar};
+pub use page_set::PageSet;
+pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar, SourceId};

@@ -1,14 +1,16 @@
 //! The mapping itself, and the processor's view of it.
 #![allow(unsafe_code, reason = "unsafe fence: the one place that turns RAM offsets into host pointers")]
 
+use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::CodePages;
+use super::PageSet;
 use crate::units::{Bytes, GuestAddr, PAGE_SIZE};
 
 /// Where the MMIO hole begins: RAM below this GPA is the low part.
@@ -32,6 +34,22 @@ pub enum RamError {
     /// The host refused the mapping.
     #[error("mapping {} bytes of guest memory", .0.0)]
     Map(Bytes, #[source] io::Error),
+    /// A file that is to be mapped ends before the memory does.
+    #[error("a file of {} bytes, where {} are wanted from byte {offset} on", found.0, wanted.0)]
+    FileTooShort {
+        /// The file's size.
+        found: Bytes,
+        /// Where the memory begins in it.
+        offset: u64,
+        /// The memory's size.
+        wanted: Bytes,
+    },
+    /// A place in a file that cannot be mapped: not on a page boundary, or past what a file can have.
+    #[error("memory cannot begin at byte {0} of a file")]
+    FileOffset(u64),
+    /// The file cannot be looked at.
+    #[error("looking at a memory file")]
+    File(#[source] io::Error),
 }
 
 /// An integer the processor moves to and from memory, little endian.
@@ -76,6 +94,23 @@ struct Mapping {
     len: usize,
 }
 
+impl Mapping {
+    /// Owns what the host mapped; it never maps at zero.
+    fn new(base: *mut std::ffi::c_void, len: usize) -> Result<Self, RamError> {
+        let size = Bytes(len as u64);
+        let base = NonNull::new(base.cast()).ok_or_else(|| RamError::Map(size, io::ErrorKind::OutOfMemory.into()))?;
+        Ok(Self { base, len })
+    }
+}
+
+fn checked_len(size: Bytes) -> Result<usize, RamError> {
+    let len = usize::try_from(size.0).map_err(|_| RamError::Size(size))?;
+    if size.0 == 0 || !size.0.is_multiple_of(PAGE_SIZE) || size > Bytes::gib(1024) {
+        return Err(RamError::Size(size));
+    }
+    Ok(len)
+}
+
 // SAFETY: the mapping is plain memory that any thread may reach; all access goes through volatile
 // or `vm-memory` operations, which permit concurrent change by design (the guest is concurrent).
 unsafe impl Send for Mapping {}
@@ -84,14 +119,14 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `base` and `len` are what `mmap_anonymous` returned for this mapping, nobody else
+        // SAFETY: `base` and `len` are what `mmap` or `mmap_anonymous` returned for this mapping, nobody else
         // unmaps it, and both views of it live in the `GuestRam` that owns it. A failure leaves the
         // mapping in place, which is harmless.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
-/// The RAM of one guest. Zeroed, and not backed by host memory until touched.
+/// The RAM of one guest: zeroed, or what a file holds. Not backed by host memory until touched.
 #[derive(Debug)]
 pub struct GuestRam {
     // Field order: the `memory` view is dropped before the mapping it points into.
@@ -99,7 +134,11 @@ pub struct GuestRam {
     mapping: Mapping,
     code_pages: CodePages,
     low: u64,
+    source: Option<SourceId>,
 }
+
+/// Names what files hold, for whoever maps them to know it again.
+pub type SourceId = [u8; 32];
 
 impl GuestRam {
     /// Maps `size` bytes of zeroed RAM.
@@ -108,10 +147,7 @@ impl GuestRam {
     /// [`RamError::Size`] when `size` is not a positive multiple of the page size or above 1 TiB, and
     /// [`RamError::Map`] when the host has no room.
     pub fn new(size: Bytes) -> Result<Self, RamError> {
-        let len = usize::try_from(size.0).map_err(|_| RamError::Size(size))?;
-        if size.0 == 0 || !size.0.is_multiple_of(PAGE_SIZE) || size > Bytes::gib(1024) {
-            return Err(RamError::Size(size));
-        }
+        let len = checked_len(size)?;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.
         let base = unsafe {
             mmap_anonymous(
@@ -122,9 +158,100 @@ impl GuestRam {
             )
         }
         .map_err(|e| RamError::Map(size, e.into()))?;
-        let base =
-            NonNull::new(base.cast::<u8>()).ok_or_else(|| RamError::Map(size, io::ErrorKind::OutOfMemory.into()))?;
-        let mapping = Mapping { base, len };
+        Self::over(Mapping::new(base, len)?)
+    }
+
+    /// Maps `size` bytes of `file` from byte `offset` on as RAM, copy-on-write: what the guest writes stays in this
+    /// mapping, and any number of guests share what they only read. Nothing is read here; the mapping outlives the
+    /// handle and the file's name.
+    ///
+    /// The file must not change for as long as the mapping lives. A guest may see a change, or not; if the file is
+    /// cut, the host ends the process that touches what is gone (SIGBUS). So give a memory file a new content by
+    /// renaming a new file over it, as [`Snapshot::write`](../snapshot/struct.Snapshot.html#method.write) does.
+    ///
+    /// # Errors
+    /// [`RamError::Size`] as [`new`](Self::new); [`RamError::FileOffset`] when `offset` is no multiple of the page
+    /// size; [`RamError::FileTooShort`] when the file ends before the memory; [`RamError::File`] and
+    /// [`RamError::Map`] with the host's reason.
+    pub fn from_file(file: &File, offset: u64, size: Bytes) -> Result<Self, RamError> {
+        let len = checked_len(size)?;
+        let end = offset.checked_add(size.0).filter(|_| offset.is_multiple_of(PAGE_SIZE));
+        let end = end.filter(|end| i64::try_from(*end).is_ok()).ok_or(RamError::FileOffset(offset))?;
+        let found = Bytes(file.metadata().map_err(RamError::File)?.len());
+        if found.0 < end {
+            return Err(RamError::FileTooShort { found, offset, wanted: size });
+        }
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing. It is private, so no store
+        // through it reaches the file. That the file may change under it is no worse than a guest that writes: all
+        // access is volatile, to bytes of which any value is valid. Pages past the file's end cannot be touched
+        // without a signal; there are none now (just checked), and the caller keeps it so.
+        let base = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+                file,
+                offset,
+            )
+        }
+        .map_err(|e| RamError::Map(size, e.into()))?;
+        Self::over(Mapping::new(base, len)?)
+    }
+
+    /// Replaces `len` bytes from RAM offset `offset` on by what `file` holds at the same offset, copy-on-write and under
+    /// the conditions of [`from_file`](Self::from_file). For memory that is not in use yet.
+    ///
+    /// # Errors
+    /// As `from_file`; a range that is not whole pages of RAM is a [`RamError::Size`].
+    pub fn overlay(&mut self, file: &File, offset: RamOffset, len: Bytes) -> Result<(), RamError> {
+        let pages = checked_len(len)?;
+        let start = self.range(offset, len.0).ok_or(RamError::Size(len))?;
+        if !offset.is_multiple_of(PAGE_SIZE) {
+            return Err(RamError::FileOffset(offset));
+        }
+        let found = Bytes(file.metadata().map_err(RamError::File)?.len());
+        if found.0 < offset + len.0 {
+            return Err(RamError::FileTooShort { found, offset, wanted: len });
+        }
+        // SAFETY: `start` and `pages` are whole pages in this mapping (`range`, `checked_len`), so the fixed address
+        // replaces memory that only this value owns, and nobody uses it meanwhile (`&mut self`). No Rust reference
+        // points into it, and it stays readable and writable. For the file see `from_file`.
+        unsafe {
+            mmap(
+                start.cast(),
+                pages,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+                file,
+                offset,
+            )
+        }
+        .map_err(|e| RamError::Map(len, e.into()))?;
+        Ok(())
+    }
+
+    /// Says what the mapped files hold.
+    #[must_use]
+    pub fn with_source(mut self, source: SourceId) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    /// What [`with_source`](Self::with_source) said: what RAM was before anybody wrote to it.
+    #[must_use]
+    pub fn source(&self) -> Option<SourceId> {
+        self.source
+    }
+
+    /// The pages that may have been written since the files were mapped; `None` when the host does not tell.
+    #[must_use]
+    pub fn private_pages(&self) -> Option<PageSet> {
+        PageSet::private(self.mapping.base.as_ptr() as u64, self.size().0)
+    }
+
+    fn over(mapping: Mapping) -> Result<Self, RamError> {
+        let size = Bytes(mapping.len as u64);
         let code_pages = CodePages::new(size.0);
         let low = size.0.min(HOLE_START.0);
         let mut regions = vec![region(&mapping, GuestAddr(0), 0, low, &code_pages)?];
@@ -132,7 +259,7 @@ impl GuestRam {
             regions.push(region(&mapping, HOLE_END, low, size.0 - low, &code_pages)?);
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| RamError::Map(size, io::Error::other(e)))?;
-        Ok(Self { memory, mapping, code_pages, low })
+        Ok(Self { memory, mapping, code_pages, low, source: None })
     }
 
     /// The devices' view, in guest-physical addresses.
@@ -277,6 +404,8 @@ fn region(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use vm_memory::Bytes as _;
 
     use super::*;
@@ -292,6 +421,71 @@ mod tests {
         assert_eq!(ram.copy(0, 4, 8), None);
         assert_eq!(ram.copy(8184, 3, 8), Some(()));
         assert_eq!(ram.load::<u64>(3), Some(0x1122_3344_5566_7788));
+    }
+
+    #[test]
+    fn a_mapped_file_is_shared_until_written_and_never_changes() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 * PAGE_SIZE).unwrap();
+        file.write_all_at(b"saved", PAGE_SIZE).unwrap();
+        let [one, other] = [(); 2].map(|()| GuestRam::from_file(&file, PAGE_SIZE, Bytes(2 * PAGE_SIZE)).unwrap());
+        one.store(0, b'S').unwrap();
+        one.memory().write_obj(7u64, GuestAddress(PAGE_SIZE)).unwrap();
+        let mut bytes = [0; 5];
+        assert_eq!((one.read_bytes(0, &mut bytes), &bytes), (Some(()), b"Saved"));
+        assert_eq!((other.read_bytes(0, &mut bytes), &bytes), (Some(()), b"saved"));
+        assert_eq!((one.load::<u64>(PAGE_SIZE), other.load::<u64>(PAGE_SIZE)), (Some(7), Some(0)));
+        let mut on_disk = [1; 5];
+        file.read_exact_at(&mut on_disk, PAGE_SIZE).unwrap();
+        assert_eq!(&on_disk, b"saved");
+    }
+
+    #[test]
+    fn a_file_that_does_not_hold_the_memory_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * PAGE_SIZE).unwrap();
+        let map = |offset, size| GuestRam::from_file(&file, offset, Bytes(size)).unwrap_err();
+        assert!(matches!(map(PAGE_SIZE, 2 * PAGE_SIZE), RamError::FileTooShort { found: Bytes(8192), .. }));
+        assert!(matches!(map(1, PAGE_SIZE), RamError::FileOffset(1)));
+        assert!(matches!(map(u64::MAX - 4095, PAGE_SIZE), RamError::FileOffset(_)));
+        assert!(matches!(map(1 << 63, PAGE_SIZE), RamError::FileOffset(_)));
+        assert!(matches!(map(0, 0), RamError::Size(_)));
+        assert!(matches!(map(0, 1 << 62), RamError::Size(_)));
+    }
+
+    #[test]
+    fn an_overlay_replaces_pages_and_no_others() {
+        let [below, above] = [b'b', b'a'].map(|byte| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&[byte; 4 * PAGE_SIZE as usize], 0).unwrap();
+            file
+        });
+        let mut ram = GuestRam::from_file(&below, 0, Bytes(4 * PAGE_SIZE)).unwrap();
+        ram.overlay(&above, PAGE_SIZE, Bytes(2 * PAGE_SIZE)).unwrap();
+        let page = |n: u64| [ram.load(n * PAGE_SIZE), ram.load(n * PAGE_SIZE + 4095)];
+        assert_eq!([0, 1, 2, 3].map(page), [b'b', b'a', b'a', b'b'].map(|byte| [Some(byte); 2]));
+        for (offset, len) in [(1, 4096), (0, 1), (0, 0), (3 * 4096, 2 * 4096), (u64::MAX - 4095, 4096)] {
+            assert!(ram.overlay(&above, offset, Bytes(len)).is_err(), "{offset:#x} {len:#x}");
+        }
+        above.set_len(PAGE_SIZE).unwrap();
+        assert!(matches!(ram.overlay(&above, PAGE_SIZE, Bytes(PAGE_SIZE)), Err(RamError::FileTooShort { .. })));
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn written_pages_of_a_file_are_private() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 8 * PAGE_SIZE as usize], 0).unwrap();
+        let ram = GuestRam::from_file(&file, 0, Bytes(8 * PAGE_SIZE)).unwrap();
+        let read: u32 = (0..4).map(|n| u32::from(ram.load::<u8>(n * PAGE_SIZE).unwrap())).sum();
+        assert_eq!(read, 4);
+        ram.store(PAGE_SIZE, 1u8).unwrap();
+        ram.store(6 * PAGE_SIZE, 1u8).unwrap();
+        // A host that does not tell is one too.
+        if let Some(pages) = ram.private_pages() {
+            let private: Vec<u64> = (0..8).filter(|n| pages.contains(n * PAGE_SIZE)).collect();
+            assert_eq!(private, [1, 6]);
+        }
     }
 
     #[test]

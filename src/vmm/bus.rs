@@ -28,7 +28,7 @@ pub struct Overlap(pub u64);
 struct Slot {
     size: u64,
     // One lock a device: accesses to different devices never wait for each other.
-    device: Mutex<Box<dyn BusDevice>>,
+    device: Arc<Mutex<dyn BusDevice>>,
 }
 
 /// Devices by address.
@@ -38,17 +38,17 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Maps `device` at `start..start + size`.
+    /// Maps `device` at `start..start + size`. Whoever keeps a copy can look at it while no vCPU runs.
     ///
     /// # Errors
     /// [`Overlap`] when another device is in the range, or it is empty or wraps.
-    pub fn insert(&mut self, start: u64, size: u64, device: Box<dyn BusDevice>) -> Result<(), Overlap> {
+    pub fn insert(&mut self, start: u64, size: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Overlap> {
         let end = start.checked_add(size).filter(|_| size > 0).ok_or(Overlap(start))?;
         let below = self.slots.range(..end).next_back();
         if below.is_some_and(|(other, slot)| other + slot.size > start) {
             return Err(Overlap(start));
         }
-        self.slots.insert(start, Slot { size, device: Mutex::new(device) });
+        self.slots.insert(start, Slot { size, device });
         Ok(())
     }
 
@@ -117,9 +117,13 @@ mod tests {
         }
     }
 
+    fn memory() -> Arc<Mutex<Memory>> {
+        Arc::new(Mutex::new(Memory([0; 8])))
+    }
+
     fn bus() -> Bus {
         let mut bus = Bus::default();
-        bus.insert(0x100, 8, Box::new(Memory([0; 8]))).unwrap();
+        bus.insert(0x100, 8, memory()).unwrap();
         bus
     }
 
@@ -145,9 +149,9 @@ mod tests {
     fn overlapping_devices_are_refused() {
         let mut bus = bus();
         for (start, size) in [(0x100, 8), (0xff, 2), (0x107, 1), (0x102, 2), (0, 0x200), (0x200, 0), (u64::MAX, 2)] {
-            assert_eq!(bus.insert(start, size, Box::new(Memory([0; 8]))), Err(Overlap(start)));
+            assert_eq!(bus.insert(start, size, memory()), Err(Overlap(start)));
         }
-        bus.insert(0x108, 8, Box::new(Memory([0; 8]))).unwrap();
-        bus.insert(0xf8, 8, Box::new(Memory([0; 8]))).unwrap();
+        bus.insert(0x108, 8, memory()).unwrap();
+        bus.insert(0xf8, 8, memory()).unwrap();
     }
 }

@@ -19,7 +19,6 @@ use super::boot::BootSpec;
 use super::boot::RNG_SEED_LEN;
 use super::bus::Overlap;
 use super::console::Console;
-use super::devices::virtio::Worker;
 use super::devices::virtio::blk::Blk;
 use super::devices::virtio::rng::Rng;
 use super::devices::virtio::vsock::Vsock;
@@ -31,6 +30,7 @@ use crate::hv::HvError;
 use crate::hv::HvVm;
 use crate::hv::Hypervisor;
 use crate::hv::VmSpec;
+use crate::hv::state::VcpuState;
 use crate::mem::GuestRam;
 use crate::mem::RamError;
 use crate::units::{Bytes, VcpuId};
@@ -101,13 +101,59 @@ pub enum MachineEnd {
 /// A running machine. Dropping it asks it to stop and does not wait.
 #[derive(Debug)]
 pub struct Machine {
-    vcpu: VcpuThread,
+    pub(super) vcpu: VcpuThread,
     console: Console,
     connector: VsockConnector,
-    _workers: Vec<Worker>,
+    pub(super) board: Board,
+    pub(super) ram: Arc<GuestRam>,
     end: watch::Receiver<Option<MachineEnd>>,
+    /// Wholly: its time stands still too.
+    pub(super) paused: bool,
+    pub(super) cpu_profile: String,
     // The engine's side must outlive its vCPUs' threads only as far as they hold it themselves.
-    _vm: Box<dyn HvVm>,
+    pub(super) vm: Box<dyn HvVm>,
+}
+
+/// A machine whose processor has not met its thread.
+pub(super) struct Parts {
+    pub(super) vm: Box<dyn HvVm>,
+    pub(super) board: Board,
+    cpu_profile: String,
+    ram: Arc<GuestRam>,
+    console: Console,
+    connector: VsockConnector,
+}
+
+impl Parts {
+    /// Builds everything around `ram`. Devices that are `held` do nothing until they are released.
+    pub(super) fn build(
+        engine: &dyn Hypervisor,
+        vcpus: NonZeroU8,
+        ram: Arc<GuestRam>,
+        devices: Vec<VirtioSlot>,
+        connector: VsockConnector,
+        held: bool,
+    ) -> Result<Self, MachineError> {
+        let vm = engine.create_vm(&VmSpec { vcpus }, Arc::clone(&ram))?;
+        let console = Console::new();
+        let board = Board::build(&*vm, &ram, &console, devices, held)?;
+        Ok(Self { vm, board, cpu_profile: engine.cpu_profile().to_owned(), ram, console, connector })
+    }
+
+    /// Gives the processor its thread, on which it begins in `state`, at once or paused.
+    pub(super) fn run(self, state: VcpuState, paused: bool) -> Result<Machine, MachineError> {
+        let Self { vm, board, cpu_profile, ram, console, connector } = self;
+        let seed = vm.create_vcpu(VcpuId(0))?;
+        let (ended, end) = watch::channel(None);
+        let (seen, guest) = (console.clone(), connector.clone());
+        let io = Box::new(board.buses.clone());
+        let vcpu = VcpuThread::spawn(VcpuId(0), seed, io, state, paused, move |end| {
+            guest.guest_gone();
+            ended.send_replace(Some(machine_end(end, &seen)));
+        })
+        .map_err(|source| MachineError::Host { what: "thread", source })?;
+        Ok(Machine { vcpu, console, connector, board, ram, end, paused, cpu_profile, vm })
+    }
 }
 
 impl Machine {
@@ -124,19 +170,13 @@ impl Machine {
         let cmdline = command_line(&config, devices.len());
         let spec = BootSpec { cmdline: &cmdline, initramfs: &config.initramfs, vcpus, rng_seed };
         let state = super::boot::load(&ram, &mut config.kernel, &spec)?;
+        Parts::build(engine, vcpus, ram, devices, connector, false)?.run(state, false)
+    }
 
-        let vm = engine.create_vm(&VmSpec { vcpus }, Arc::clone(&ram))?;
-        let console = Console::new();
-        let board = Board::build(&*vm, &ram, &console, devices)?;
-        let seed = vm.create_vcpu(VcpuId(0))?;
-        let (ended, end) = watch::channel(None);
-        let (seen, guest) = (console.clone(), connector.clone());
-        let vcpu = VcpuThread::spawn(VcpuId(0), seed, Box::new(board.buses), state, move |end| {
-            guest.guest_gone();
-            ended.send_replace(Some(machine_end(end, &seen)));
-        })
-        .map_err(|source| MachineError::Host { what: "thread", source })?;
-        Ok(Self { vcpu, console, connector, _workers: board.workers, end, _vm: vm })
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestRam> {
+        &self.ram
     }
 
     /// What the guest writes to its serial console.
@@ -189,7 +229,7 @@ fn machine_end(end: VcpuEnd, console: &Console) -> MachineEnd {
 }
 
 /// The virtio slots in order: disks, then sockets and entropy.
-fn virtio_devices(disks: &[Arc<dyn BlockBackend>]) -> (Vec<VirtioSlot>, VsockConnector) {
+pub(super) fn virtio_devices(disks: &[Arc<dyn BlockBackend>]) -> (Vec<VirtioSlot>, VsockConnector) {
     let mut slots: Vec<VirtioSlot> = disks
         .iter()
         .enumerate()

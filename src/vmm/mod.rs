@@ -9,6 +9,9 @@ pub mod bus;
 pub mod console;
 pub mod devices;
 mod machine;
+mod pause;
+mod state;
 mod vcpu_thread;
 
 pub use machine::{Machine, MachineConfig, MachineEnd, MachineError};
+pub use state::{MACHINE_STATE_VERSION, MachineState, PauseError, RestoreError, SaveError};

@@ -2,6 +2,7 @@
 //!
 //! Memory: page tables at 0x1000 map the first GiB one to one with 2 MiB pages, code lies at [`CODE`], the stack
 //! ends at [`STACK`]. A guest ends its run by `out` to [`EXIT_PORT`].
+#![allow(dead_code, reason = "each test binary includes this file and uses its part")]
 
 use std::num::NonZeroU8;
 use std::sync::Arc;
@@ -45,7 +46,6 @@ impl IoHandler for ExitOnOut {
 
 /// A machine with one vCPU, ready to run.
 #[derive(Debug)]
-#[allow(dead_code, reason = "not every user looks into memory")]
 pub(crate) struct Bare {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) vcpu: Box<dyn Vcpu>,
@@ -56,11 +56,7 @@ impl Bare {
     /// Loads `code` and enters it.
     pub(crate) fn new(code: &[u8]) -> Self {
         let ram = Arc::new(GuestRam::new(Bytes::mib(64)).expect("guest memory"));
-        store64(&ram, 0x1000, 0x2003);
-        store64(&ram, 0x2000, 0x3003);
-        for i in 0..512 {
-            store64(&ram, 0x3000 + i * 8, (i << 21) | 0x83);
-        }
+        map_first_gib(&ram);
         for (i, &byte) in code.iter().enumerate() {
             ram.store(CODE + i as u64, byte).expect("code in memory");
         }
@@ -75,7 +71,6 @@ impl Bare {
     }
 
     /// What ends the guest's run from another thread.
-    #[allow(dead_code, reason = "the benchmarks share this file and do not need it")]
     pub(crate) fn kick(&self) -> Arc<dyn Kick> {
         Arc::clone(&self.kick)
     }
@@ -84,6 +79,15 @@ impl Bare {
     pub(crate) fn run(&mut self) -> Result<VcpuState, HvError> {
         assert_eq!(self.vcpu.run()?, Exit::Kicked, "the guest shut down");
         self.vcpu.save()
+    }
+}
+
+/// Page tables at 0x1000, for CR3.
+pub(crate) fn map_first_gib(ram: &GuestRam) {
+    store64(ram, 0x1000, 0x2003);
+    store64(ram, 0x2000, 0x3003);
+    for i in 0..512 {
+        store64(ram, 0x3000 + i * 8, (i << 21) | 0x83);
     }
 }
 

@@ -7,6 +7,9 @@
 //! kvmclock (Linux, `Documentation/virt/kvm/x86/msr.rst`) is defined here as the TSC itself: the page
 //! says "zero at TSC zero, one nanosecond a tick". It therefore never has to be rewritten, and a
 //! saved TSC carries the guest's system time through save and restore.
+//!
+//! Time can be stopped, for a pause of the machine: everything here then stands still and goes on from the same
+//! value, so that neither a pause nor the way through a file is time to the guest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -17,6 +20,9 @@ pub(crate) const TSC_HZ: u64 = 1_000_000_000;
 
 /// `pvclock_vcpu_time_info.flags`: the page is the same on every vCPU, so readers need no monotonicity guard.
 const PVCLOCK_TSC_STABLE: u8 = 1 << 0;
+
+/// Time does not stand still.
+const RUNNING: u64 = u64::MAX;
 
 #[derive(Debug)]
 enum Source {
@@ -30,6 +36,10 @@ enum Source {
 #[derive(Debug)]
 struct Shared {
     source: Source,
+    /// Nanoseconds of the source's that passed while time stood still.
+    stopped: AtomicU64,
+    /// What [`Clock::now_ns`] says while time stands still, or [`RUNNING`].
+    frozen: AtomicU64,
     /// TSC minus nanoseconds, wrapping.
     tsc_offset: AtomicU64,
     /// Last version given to a pvclock page or wall clock; even outside an update.
@@ -55,7 +65,13 @@ impl Clock {
     }
 
     fn with_source(source: Source) -> Self {
-        let shared = Shared { source, tsc_offset: AtomicU64::new(0), version: AtomicU32::new(0) };
+        let shared = Shared {
+            source,
+            stopped: AtomicU64::new(0),
+            frozen: AtomicU64::new(RUNNING),
+            tsc_offset: AtomicU64::new(0),
+            version: AtomicU32::new(0),
+        };
         Self { shared: Arc::new(shared) }
     }
 
@@ -68,9 +84,18 @@ impl Clock {
         };
     }
 
-    /// Nanoseconds since the machine was made. Never goes back; setting the TSC does not change it.
+    /// Nanoseconds since the machine was made, without those in which time stood still. Never goes back; setting the
+    /// TSC does not change it.
     #[inline]
     pub(crate) fn now_ns(&self) -> u64 {
+        // Acquire, paired with the Release in `start`: who sees time run also sees how long it stood still.
+        match self.shared.frozen.load(Ordering::Acquire) {
+            RUNNING => self.source_ns() - self.shared.stopped.load(Ordering::Relaxed),
+            frozen => frozen,
+        }
+    }
+
+    fn source_ns(&self) -> u64 {
         match &self.shared.source {
             // 584 years fit.
             Source::Host(start) => start.elapsed().as_nanos() as u64,
@@ -79,9 +104,25 @@ impl Clock {
         }
     }
 
-    /// The host instant at which [`now_ns`](Self::now_ns) reaches `ns`; `None` when it is past what
-    /// the host can say (and so need not be waited for).
+    /// Makes time stand still. Idempotent; not to be called by two threads at once.
+    pub(crate) fn stop(&self) {
+        let now = self.now_ns();
+        self.shared.frozen.store(now, Ordering::Release);
+    }
+
+    /// Lets time go on. Idempotent; not to be called by two threads at once.
+    pub(crate) fn start(&self) {
+        let frozen = self.shared.frozen.load(Ordering::Acquire);
+        if frozen != RUNNING {
+            self.shared.stopped.store(self.source_ns() - frozen, Ordering::Relaxed);
+            self.shared.frozen.store(RUNNING, Ordering::Release);
+        }
+    }
+
+    /// The host instant at which [`now_ns`](Self::now_ns) reaches `ns`, if time runs until then; `None` when it is
+    /// past what the host can say (and so need not be waited for).
     pub(crate) fn instant_at(&self, ns: u64) -> Option<Instant> {
+        let ns = ns.saturating_add(self.shared.stopped.load(Ordering::Relaxed));
         match &self.shared.source {
             Source::Host(start) => start.checked_add(Duration::from_nanos(ns)),
             #[cfg(test)]
@@ -175,6 +216,27 @@ mod tests {
         assert_eq!((clock.tsc(), clock.now_ns()), (1_007, 12));
         clock.set_tsc(0);
         assert_eq!(other.tsc(), 0);
+    }
+
+    #[test]
+    fn time_that_stood_still_goes_on_without_a_jump() {
+        let clock = Clock::manual();
+        clock.set_tsc(1_000);
+        clock.advance(5);
+        clock.stop();
+        clock.advance(100);
+        clock.stop();
+        assert_eq!((clock.now_ns(), clock.tsc()), (5, 1_005));
+        clock.start();
+        clock.start();
+        clock.advance(2);
+        assert_eq!((clock.now_ns(), clock.tsc(), clock.ns_at_tsc(1_010)), (7, 1_007, 10));
+        clock.stop();
+        clock.advance(50);
+        clock.set_tsc(0);
+        clock.start();
+        assert_eq!((clock.now_ns(), clock.tsc()), (7, 0));
+        assert!(clock.instant_at(17).unwrap() <= Instant::now() + Duration::from_nanos(10));
     }
 
     #[test]

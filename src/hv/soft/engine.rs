@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::hv::state::IrqChipState;
 use crate::hv::{HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, Vcpu, VcpuSeed, VmSpec};
 use crate::mem::GuestRam;
 use crate::units::{Gsi, VcpuId};
@@ -10,6 +11,7 @@ use crate::units::{Gsi, VcpuId};
 use super::apic::{Bus, IoApic, Lapic};
 use super::clock::Clock;
 use super::cpu::Cpu;
+use super::cpuid::PROFILE;
 use super::mailbox::Mailbox;
 use super::run::SoftVcpu;
 
@@ -62,6 +64,10 @@ impl Hypervisor for Soft {
             retired: Arc::clone(&self.retired),
         }))
     }
+
+    fn cpu_profile(&self) -> &str {
+        PROFILE
+    }
 }
 
 #[derive(Debug)]
@@ -89,6 +95,23 @@ impl HvVm for SoftVm {
 
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError> {
         self.ioapic.line(gsi).ok_or(HvError::Unsupported("an interrupt line that the IOAPIC does not have"))
+    }
+
+    fn save_irqchip(&self) -> Result<IrqChipState, HvError> {
+        Ok(IrqChipState { ioapic: self.ioapic.save() })
+    }
+
+    fn restore_irqchip(&self, state: &IrqChipState) -> Result<(), HvError> {
+        self.ioapic.restore(&state.ioapic);
+        Ok(())
+    }
+
+    fn stop_time(&self) {
+        self.clock.stop();
+    }
+
+    fn start_time(&self) {
+        self.clock.start();
     }
 }
 

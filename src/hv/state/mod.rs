@@ -1,5 +1,7 @@
-//! Engine-neutral processor state: plain data, the same under every engine.
+//! Engine-neutral state of processors and interrupt controllers: plain data, the same under every engine.
 
+pub mod irqchip;
 pub mod x86_64;
 
+pub use irqchip::IrqChipState;
 pub use x86_64::VcpuState;

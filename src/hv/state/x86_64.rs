@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Everything a vCPU is, between two instructions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VcpuState {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: the order of instruction encoding.
     pub gpr: [u64; 16],
@@ -47,6 +48,7 @@ pub struct VcpuState {
 
 /// A segment register with its hidden part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segment {
     /// The visible selector.
     pub selector: u16,
@@ -62,6 +64,7 @@ pub struct Segment {
 
 /// A descriptor table register.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Table {
     /// Linear base address.
     pub base: u64,
@@ -71,6 +74,7 @@ pub struct Table {
 
 /// Model-specific registers that hold state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Msrs {
     /// EFER.
     pub efer: u64,
@@ -104,6 +108,7 @@ pub struct Msrs {
 
 /// x87, MMX and SSE state, as FXSAVE64 orders it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Fpu {
     /// Control word.
     pub fcw: u16,
@@ -134,6 +139,7 @@ impl Default for Fpu {
 
 /// The local APIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Lapic {
     /// IA32_APIC_BASE: base address, enable, x2APIC and BSP bits.
     pub apic_base: u64,

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 
@@ -25,16 +26,92 @@ impl Trigger for Line {
     }
 }
 
+/// The registers of a serial port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "the fields are the data sheet's registers")]
+pub struct SerialState {
+    pub divisor_low: u8,
+    pub divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    /// The receiver's bytes, which only the loopback mode gives any.
+    pub received: Vec<u8>,
+}
+
+impl Default for SerialState {
+    /// The state after reset.
+    fn default() -> Self {
+        Self::from(vm_superio::SerialState::default())
+    }
+}
+
+impl From<vm_superio::SerialState> for SerialState {
+    fn from(state: vm_superio::SerialState) -> Self {
+        Self {
+            divisor_low: state.baud_divisor_low,
+            divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+}
+
+impl From<&SerialState> for vm_superio::SerialState {
+    fn from(state: &SerialState) -> Self {
+        Self {
+            baud_divisor_low: state.divisor_low,
+            baud_divisor_high: state.divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received.clone(),
+        }
+    }
+}
+
 /// A serial port that writes to a [`Console`].
 pub struct Serial {
     uart: vm_superio::Serial<Line, NoEvents, Console>,
+    irq: Arc<dyn IrqLine>,
+    console: Console,
 }
 
 impl Serial {
     /// A port whose transmitter-empty interrupts go to `irq`.
     #[must_use]
     pub fn new(irq: Arc<dyn IrqLine>, console: Console) -> Self {
-        Self { uart: vm_superio::Serial::new(Line(irq), console) }
+        Self { uart: vm_superio::Serial::new(Line(Arc::clone(&irq)), console.clone()), irq, console }
+    }
+
+    /// The registers now.
+    #[must_use]
+    pub fn save(&self) -> SerialState {
+        self.uart.state().into()
+    }
+
+    /// Goes on from saved registers, before any access and before the interrupt controller is restored: an interrupt
+    /// that is pending in them raises the line, and the controller was saved with it. `None`, with nothing changed,
+    /// for a receiver that holds more than it has room for.
+    pub(in crate::vmm) fn restore(&mut self, state: &SerialState) -> Option<()> {
+        let (line, console) = (Line(Arc::clone(&self.irq)), self.console.clone());
+        self.uart = vm_superio::Serial::from_state(&state.into(), line, NoEvents, console).ok()?;
+        Some(())
     }
 }
 

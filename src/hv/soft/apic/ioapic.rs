@@ -5,17 +5,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
-
 use super::{Bus, Delivery, Destination, Message};
 use crate::hv::IrqLine;
+use crate::hv::state::irqchip::{IOAPIC_PINS as PINS, IoApicState};
 use crate::units::Gsi;
 
 /// Where the IOAPIC's page lies in guest-physical memory.
 pub(crate) const IOAPIC_BASE: u64 = 0xfec0_0000;
-
-/// Lines, and redirection entries.
-const PINS: usize = 24;
 
 const IOREGSEL: u64 = 0x00;
 const IOWIN: u64 = 0x10;
@@ -34,27 +30,6 @@ const LEVEL: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
 /// What software may write: vector, delivery mode, destination mode, polarity, trigger, mask, destination.
 const WRITABLE: u64 = 0xff00_0000_0001_afff & !(1 << 12);
-
-/// Everything the IOAPIC is. Polarity is kept and means nothing: lines here are active or not.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct IoApicState {
-    /// IOREGSEL.
-    pub(crate) select: u32,
-    /// The identification register.
-    pub(crate) id: u32,
-    /// The redirection entries, with delivery status zero.
-    pub(crate) redirections: [u64; PINS],
-    /// Level-triggered lines that ask for service, one bit a pin.
-    pub(crate) requests: u32,
-    /// Lines that are active, one bit a pin.
-    pub(crate) active: u32,
-}
-
-impl Default for IoApicState {
-    fn default() -> Self {
-        Self { select: 0, id: 0, redirections: [MASKED; PINS], requests: 0, active: 0 }
-    }
-}
 
 /// The IOAPIC.
 #[derive(Debug)]
@@ -106,13 +81,11 @@ impl IoApic {
     }
 
     /// The state to keep.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for saving whole machines, which is to come"))]
     pub(crate) fn save(&self) -> IoApicState {
         self.lock().clone()
     }
 
     /// Continues from a saved state. Bits that the hardware does not have are dropped.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for restoring whole machines, which is to come"))]
     pub(crate) fn restore(&self, from: &IoApicState) {
         let pins = (1 << PINS) - 1;
         *self.lock() = IoApicState {

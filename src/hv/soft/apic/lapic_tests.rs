@@ -1,5 +1,5 @@
-use super::super::ioapic::IoApicState;
 use super::*;
+use crate::hv::state::irqchip::IoApicState;
 use crate::units::Gsi;
 
 const X2APIC_BASE: u64 = LAPIC_BASE | BASE_ENABLE | BASE_EXTD;

@@ -19,7 +19,11 @@ use super::F_EVENT_IDX;
 use super::F_INDIRECT_DESC;
 use super::F_VERSION_1;
 use super::Interrupt;
+use super::Misfit;
+use super::QueueState;
+use super::TransportState;
 use super::VirtioDevice;
+use super::state::require;
 use super::worker::Shared;
 use super::worker::Worker;
 use crate::hv::IrqLine;
@@ -212,13 +216,81 @@ impl Transport {
             tracing::warn!(device = self.device_type, "the driver started a virtio device with unusable queues");
             return self.shared.fail();
         }
-        let event_idx = self.accepted & F_EVENT_IDX != 0;
-        let active = self.queues.iter().filter_map(|configured| {
-            let mut queue = Queue::try_from(configured.state()).ok()?;
-            queue.set_event_idx(event_idx);
-            Some(DeviceQueue::new(queue, Arc::clone(&self.shared.interrupt)))
-        });
+        let active = self.queues.iter().filter_map(|configured| self.device_queue(configured.state()));
         self.shared.activate(active.collect());
+    }
+
+    /// The device's end of a queue.
+    fn device_queue(&self, state: virtio_queue::QueueState) -> Option<DeviceQueue> {
+        let mut queue = Queue::try_from(state).ok()?;
+        queue.set_event_idx(self.accepted & F_EVENT_IDX != 0);
+        Some(DeviceQueue::new(queue, Arc::clone(&self.shared.interrupt)))
+    }
+
+    /// Everything that the guest may rely on, while the worker is quiet and no access happens.
+    #[must_use]
+    pub fn save(&self) -> TransportState {
+        let (positions, device) = self.shared.save();
+        let position = |n: usize| positions.as_ref().and_then(|all| all.get(n)).copied().unwrap_or_default();
+        let queue = |(n, queue): (usize, &Queue)| {
+            let ((next_avail, next_used), state) = (position(n), queue.state());
+            QueueState {
+                size: state.size,
+                ready: state.ready,
+                descriptors: state.desc_table,
+                driver: state.avail_ring,
+                device: state.used_ring,
+                next_avail,
+                next_used,
+            }
+        };
+        TransportState {
+            device_type: self.device_type,
+            config: self.config.clone(),
+            status: self.status,
+            needs_reset: self.shared.needs_reset(),
+            active: positions.is_some(),
+            accepted: self.accepted,
+            offered_word: self.offered_word,
+            accepted_word: self.accepted_word,
+            selected: self.selected,
+            interrupt: self.shared.interrupt.status(),
+            queues: self.queues.iter().enumerate().map(queue).collect(),
+            device,
+        }
+    }
+
+    /// Goes on from a saved state, before any access and while the worker is held. The transport is of no use after
+    /// an error.
+    pub(in crate::vmm) fn restore(&mut self, state: &TransportState) -> Result<(), Misfit> {
+        require(state.device_type == self.device_type, "another device was here")?;
+        require(state.config == self.config, "the device had another configuration, as a disk of another size has")?;
+        require(state.accepted & !self.offered == 0, "features that the device does not offer")?;
+        require(state.queues.len() == self.queues.len(), "another number of queues")?;
+        require(state.status & status::NEEDS_RESET == 0, "a status that no driver can write")?;
+        (self.status, self.accepted) = (state.status, state.accepted);
+        (self.offered_word, self.accepted_word) = (state.offered_word, state.accepted_word);
+        self.selected = state.selected;
+        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
+            let unpositioned = QueueState { next_avail: 0, next_used: 0, ..*saved };
+            *queue = restored_queue(queue.max_size(), &unpositioned)?;
+        }
+        let queues = if state.active { Some(self.restored_queues(state)?) } else { None };
+        self.shared.restore(queues, state)
+    }
+
+    /// The device's ends of the queues of a device that was at work.
+    fn restored_queues(&self, state: &TransportState) -> Result<Vec<DeviceQueue>, Misfit> {
+        let running = status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
+        let at_work = state.status & running == running && self.features_agreed() && !state.needs_reset;
+        require(at_work, "a device at work whose driver is not")?;
+        let memory = self.shared.ram.memory();
+        let restored = self.queues.iter().zip(&state.queues).map(|(configured, saved)| {
+            require(configured.is_valid(memory), "a queue outside the guest's memory")?;
+            let queue = restored_queue(configured.max_size(), saved)?;
+            self.device_queue(queue.state()).ok_or(UNUSABLE_QUEUE)
+        });
+        restored.collect()
     }
 
     fn reset(&mut self) {
@@ -254,6 +326,23 @@ impl BusDevice for Transport {
             self.write_register(offset, u32::from_le_bytes(value));
         }
     }
+}
+
+const UNUSABLE_QUEUE: Misfit = Misfit("a queue that no driver can set up");
+
+fn restored_queue(max_size: u16, saved: &QueueState) -> Result<Queue, Misfit> {
+    let state = virtio_queue::QueueState {
+        max_size,
+        next_avail: saved.next_avail,
+        next_used: saved.next_used,
+        event_idx_enabled: false,
+        size: saved.size,
+        ready: saved.ready,
+        desc_table: saved.descriptors,
+        avail_ring: saved.driver,
+        used_ring: saved.device,
+    };
+    Queue::try_from(state).map_err(|_| UNUSABLE_QUEUE)
 }
 
 fn new_queues(sizes: &[u16]) -> io::Result<Vec<Queue>> {

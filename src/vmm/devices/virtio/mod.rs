@@ -15,6 +15,7 @@ mod doorbell;
 pub mod mmio;
 mod queue;
 pub mod rng;
+mod state;
 #[cfg(test)]
 mod tests;
 pub mod vsock;
@@ -22,6 +23,8 @@ mod worker;
 
 pub use doorbell::Doorbell;
 pub use queue::{Chain, DeviceQueue, QueueError};
+pub(in crate::vmm) use state::Misfit;
+pub use state::{DeviceState, QueueState, TransportState};
 pub use worker::Worker;
 
 use std::fmt::Debug;
@@ -75,6 +78,18 @@ pub trait VirtioDevice: Debug + Send {
 
     /// Forgets everything since the last activation.
     fn reset(&mut self) {}
+
+    /// What it keeps between two calls of [`process`](Self::process), besides what it was made with.
+    fn save(&self) -> DeviceState {
+        DeviceState::Stateless
+    }
+
+    /// Goes on from a saved state, before the first [`process`](Self::process) and with queues if `active`; false when
+    /// it is another kind of device's.
+    fn restore(&mut self, state: &DeviceState, active: bool) -> bool {
+        let _ = active;
+        *state == DeviceState::Stateless
+    }
 }
 
 /// A device's interrupt: the status register and the line (section 4.2.2, `InterruptStatus`).
@@ -112,6 +127,11 @@ impl Interrupt {
 
     fn status(&self) -> u32 {
         self.status.load(Ordering::Acquire)
+    }
+
+    /// Continues with a saved status. The line is not raised: the interrupt controller was saved too.
+    fn restore(&self, status: u32) {
+        self.status.store(status & (Self::USED_BUFFER | Self::CONFIG_CHANGE), Ordering::Release);
     }
 
     fn acknowledge(&self, bits: u32) {

@@ -88,6 +88,33 @@ impl DeviceQueue {
         Ok(self.queue.avail_idx(memory, Ordering::Acquire)?.0 != self.queue.next_avail())
     }
 
+    /// How far the device is: the indices of the next available and the next used entry.
+    pub(super) fn position(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// How far the driver is: the index of the next entry that it will make available.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the ring is broken.
+    pub fn driver_position(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        Ok(self.queue.avail_idx(memory, Ordering::Acquire)?.0)
+    }
+
+    /// Lets the driver ring when it makes the next entry available, also while others wait to be popped.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the ring is broken.
+    pub fn watch_driver(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
+        let (next, driver) = (self.queue.next_avail(), self.driver_position(memory)?);
+        // It asks to be told of the entry after its position, so that has to be the driver's for a moment.
+        self.queue.set_next_avail(driver);
+        let asked = self.queue.enable_notification(memory);
+        self.queue.set_next_avail(next);
+        asked?;
+        Ok(())
+    }
+
     /// Puts the chain that `pop` returned last back.
     pub fn put_back(&mut self) {
         self.queue.go_to_previous_position();

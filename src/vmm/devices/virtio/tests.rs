@@ -1,5 +1,7 @@
 //! Devices behind their registers, driven as a guest's driver would: through RAM and MMIO.
 
+mod restore;
+
 use std::io::Write;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};

@@ -7,11 +7,15 @@ use std::thread;
 use std::time::Instant;
 
 use super::DeviceQueue;
+use super::DeviceState;
 use super::Doorbell;
 use super::Interrupt;
+use super::Misfit;
 use super::Progress;
+use super::TransportState;
 use super::VirtioDevice;
 use super::doorbell::Wake;
+use super::state::require;
 use crate::mem::GuestRam;
 
 /// A device and, once the driver is ready, its queues.
@@ -55,6 +59,25 @@ impl Shared {
         core.device.reset();
         self.needs_reset.store(false, Ordering::Release);
         self.interrupt.acknowledge(u32::MAX);
+    }
+
+    /// The positions of the queues if the device has them, and what the device keeps. While the worker is quiet.
+    pub(super) fn save(&self) -> (Option<Vec<(u16, u16)>>, DeviceState) {
+        let core = self.lock();
+        let positions = core.queues.as_ref().map(|queues| queues.iter().map(DeviceQueue::position).collect());
+        (positions, core.device.save())
+    }
+
+    /// Goes on from a saved state, while the worker is quiet.
+    pub(super) fn restore(&self, queues: Option<Vec<DeviceQueue>>, state: &TransportState) -> Result<(), Misfit> {
+        let mut core = self.lock();
+        require(core.device.restore(&state.device, queues.is_some()), "the state of another kind of device")?;
+        core.queues = queues;
+        self.needs_reset.store(state.needs_reset, Ordering::Release);
+        self.interrupt.restore(state.interrupt);
+        // Chains may wait that were made available before.
+        self.doorbell.ring();
+        Ok(())
     }
 
     pub(super) fn needs_reset(&self) -> bool {
@@ -116,13 +139,33 @@ impl Worker {
                     return;
                 }
                 while shared.step() == Progress::More {
-                    if shared.doorbell.is_closed() {
-                        return;
+                    if shared.doorbell.interrupts() {
+                        // For when it may go on.
+                        shared.doorbell.ring();
+                        break;
                     }
                 }
             }
         })?;
         Ok(Self { doorbell })
+    }
+
+    /// Tells the thread to finish what it is at and to take up nothing more.
+    pub fn hold(&self) {
+        self.doorbell.hold();
+    }
+
+    /// Waits until a held thread does nothing any more: a bounded piece of work, in which the host's disk may be slow.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: it stays held.
+    pub async fn quiet(&self) {
+        self.doorbell.quiet().await;
+    }
+
+    /// Lets the thread go on.
+    pub fn release(&self) {
+        self.doorbell.release();
     }
 }
 

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::DeviceQueue;
+use super::DeviceState;
 use super::Doorbell;
 use super::Progress;
 use super::QueueError;
@@ -34,12 +35,27 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 const MAX_PAYLOAD: usize = 64 << 10;
 /// Packets moved in each direction before a reset may come in between.
 const BATCH: usize = 32;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, the one event there is (section 5.10.6.7).
+const EVENT_TRANSPORT_RESET: u32 = 0;
+
+/// After a restore the guest must hear that its connections are gone before it hears of new ones: it resets all that
+/// it has when it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reset {
+    /// The guest knows.
+    Heard,
+    /// It is to be told, as soon as it offers a buffer; and it may be hearing of an earlier reset.
+    Owed { earlier: Option<u16> },
+    /// It is told, and has heard once it has given a buffer back: at this index of the event queue's available ring.
+    Told { heard_at: u16 },
+}
 
 /// The device.
 #[derive(Debug)]
 pub struct Vsock {
     shared: Arc<Shared>,
     payload: Vec<u8>,
+    reset: Reset,
 }
 
 impl Vsock {
@@ -48,7 +64,8 @@ impl Vsock {
     pub fn new() -> (Self, VsockConnector, Arc<Doorbell>) {
         let shared = Arc::new(Shared::new());
         let doorbell = Arc::clone(&shared.doorbell);
-        let device = Self { shared: Arc::clone(&shared), payload: Vec::with_capacity(MAX_PAYLOAD) };
+        let device =
+            Self { shared: Arc::clone(&shared), payload: Vec::with_capacity(MAX_PAYLOAD), reset: Reset::Heard };
         (device, VsockConnector { shared }, doorbell)
     }
 
@@ -72,6 +89,32 @@ impl Vsock {
             self.shared.lock().handle_packet(&header, &self.payload);
             queue.complete(&chain, 0)?;
         }
+        Ok(true)
+    }
+
+    /// Has the guest heard that the connections it may know are gone?
+    fn tell_reset(&mut self, events: &mut DeviceQueue, memory: &GuestMemory) -> Result<bool, QueueError> {
+        if let Reset::Owed { earlier } = self.reset {
+            let Some(chain) = events.pop(memory)? else { return Ok(false) };
+            let written = chain.writer()?.write_all(&EVENT_TRANSPORT_RESET.to_le_bytes());
+            written.map_err(|_| QueueError::Chain("event buffer too small"))?;
+            // It takes up the event only when it is in the used ring, and gives a buffer back after that.
+            let position = events.driver_position(memory)?;
+            let waits = earlier.filter(|at| !reached(position, *at));
+            self.reset = Reset::Told { heard_at: waits.unwrap_or(position).wrapping_add(1) };
+            events.complete(&chain, EVENT_TRANSPORT_RESET.to_le_bytes().len() as u32)?;
+            events.watch_driver(memory)?;
+            events.notify(memory)?;
+        }
+        let Reset::Told { heard_at } = self.reset else { return Ok(true) };
+        if !reached(events.driver_position(memory)?, heard_at) {
+            events.watch_driver(memory)?;
+            // Looked at again, for a driver that went on before it could know that it must ring.
+            if !reached(events.driver_position(memory)?, heard_at) {
+                return Ok(false);
+            }
+        }
+        self.reset = Reset::Heard;
         Ok(true)
     }
 
@@ -119,11 +162,12 @@ impl VirtioDevice for Vsock {
     }
 
     fn process(&mut self, queues: &mut [DeviceQueue], memory: &GuestMemory) -> Result<Progress, QueueError> {
-        // The event queue's buffers wait for a transport reset, which never comes.
-        let [receive, transmit, _event] = queues else { return Ok(Progress::Idle) };
+        let [receive, transmit, events] = queues else { return Ok(Progress::Idle) };
         self.shared.lock().handle_timeout(Instant::now());
         let mut more = self.transmit(transmit, memory)?;
-        more |= self.receive(receive, memory)?;
+        if self.reset == Reset::Heard || self.tell_reset(events, memory)? {
+            more |= self.receive(receive, memory)?;
+        }
         // Refusals that were given just now have made room.
         more |= self.shared.lock().has_room() && transmit.is_pending(memory)?;
         transmit.notify(memory)?;
@@ -136,6 +180,29 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
+        // A driver that begins anew has no connections to hear about.
+        self.reset = Reset::Heard;
         self.shared.lock().reset();
     }
+
+    fn save(&self) -> DeviceState {
+        let resets_heard_at = match self.reset {
+            Reset::Heard => None,
+            Reset::Owed { earlier } => earlier,
+            Reset::Told { heard_at } => Some(heard_at),
+        };
+        DeviceState::Vsock { next_port: self.shared.lock().next_port(), resets_heard_at }
+    }
+
+    fn restore(&mut self, state: &DeviceState, active: bool) -> bool {
+        let DeviceState::Vsock { next_port, resets_heard_at } = *state else { return false };
+        self.shared.lock().continue_ports(next_port);
+        self.reset = if active { Reset::Owed { earlier: resets_heard_at } } else { Reset::Heard };
+        true
+    }
+}
+
+/// Whether a ring's index has come to `at`; indices wrap.
+fn reached(index: u16, at: u16) -> bool {
+    index.wrapping_sub(at) < 1 << 15
 }

@@ -166,6 +166,16 @@ impl Mux {
         self.forget_all(Closed::Gone);
     }
 
+    /// The host's port for the next connection.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Goes on with the ports of another mux, so that the guest meets none that it may remember. Any number will do.
+    pub(super) fn continue_ports(&mut self, next: u32) {
+        self.next_port = if next < FIRST_PORT { FIRST_PORT } else { next_port(next - 1) };
+    }
+
     fn forget_all(&mut self, why: Closed) {
         self.ready.clear();
         self.refusals.clear();

@@ -1,0 +1,60 @@
+//! Which pages of a mapping of files were written: what the host's kernel knows, so that no store need be watched.
+//!
+//! A private mapping's page is the file's until the first write makes it a copy. Linux says in `/proc/self/pagemap`
+//! which pages are copies. Elsewhere, or where that is not allowed, nobody knows, and whoever asks must compare.
+
+use crate::units::PAGE_SIZE;
+
+/// A set of pages of RAM.
+#[derive(Clone, Debug)]
+pub struct PageSet {
+    /// One bit a page.
+    bits: Vec<u64>,
+}
+
+impl PageSet {
+    /// Whether the page that holds RAM offset `offset` is in it.
+    #[must_use]
+    pub fn contains(&self, offset: u64) -> bool {
+        let page = offset / PAGE_SIZE;
+        self.bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0)
+    }
+
+    /// The pages of `len` bytes of this process's memory from `address` on that belong to no file.
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub(super) fn private(address: u64, len: u64) -> Option<Self> {
+        use std::fs::File;
+        use std::os::unix::fs::FileExt as _;
+
+        /// Bytes an entry; the kernel's pages are as large as the guest's on this architecture.
+        const ENTRY: u64 = 8;
+        /// Entries read at once.
+        const BATCH: u64 = 8192;
+
+        let pagemap = File::open("/proc/self/pagemap").ok()?;
+        let pages = len / PAGE_SIZE;
+        let mut bits = vec![0u64; pages.div_ceil(64) as usize];
+        let mut buffer = vec![0; (BATCH.min(pages) * ENTRY) as usize];
+        for first in (0..pages).step_by(BATCH as usize) {
+            let entries = &mut buffer[..(BATCH.min(pages - first) * ENTRY) as usize];
+            pagemap.read_exact_at(entries, (address / PAGE_SIZE + first) * ENTRY).ok()?;
+            for (page, entry) in (first..).zip(entries.chunks_exact(ENTRY as usize)) {
+                let entry = u64::from_le_bytes(entry.try_into().ok()?);
+                bits[(page / 64) as usize] |= u64::from(is_private(entry)) << (page % 64);
+            }
+        }
+        Some(Self { bits })
+    }
+
+    #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+    pub(super) fn private(_address: u64, _len: u64) -> Option<Self> {
+        None
+    }
+}
+
+/// An entry's bits (Linux, `Documentation/admin-guide/mm/pagemap.rst`): present 63, swapped out 62, of a file or
+/// shared 61. A copy is one of the first two and not the third.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn is_private(entry: u64) -> bool {
+    entry >> 62 & 3 != 0 && entry >> 61 & 1 == 0
+}
