@@ -188,5 +188,5 @@ fn the_other_actions_tell_the_systems_number_too() {
     assert_eq!(text, "missing: No such file or directory");
     agent.refused(r#"{"action":"write_file","path":"missing/x","data_b64":""}"#, Some(2));
     agent.refused(r#"{"action":"write_file","path":"/","data_b64":""}"#, Some(21));
-    agent.refused(r#"{"action":"signal","signum":15}"#, None);
+    agent.refused(r#"{"action":"signal","signum":15}"#, Some(3));
 }
