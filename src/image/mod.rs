@@ -19,6 +19,7 @@
 mod archive;
 mod atomic_file;
 mod builder;
+mod compression;
 mod config;
 mod customize;
 mod digest;
@@ -46,6 +47,7 @@ pub use archive::ImportOptions;
 pub(crate) use atomic_file::AtomicFile;
 pub use builder::OciImageBuilder;
 pub use builder::PullPolicy;
+pub(crate) use compression::decompress;
 pub use config::ConfigError;
 pub use config::ImageConfig;
 pub use customize::CustomizeError;

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io;
-use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
 use std::sync::mpsc::Receiver;
@@ -21,6 +20,7 @@ use sha2::Sha256;
 use tokio_util::sync::CancellationToken;
 
 use crate::image::Digest;
+use crate::image::decompress;
 use crate::rootfs::budget::Budget;
 use crate::rootfs::error::LayerErrorKind;
 
@@ -107,7 +107,7 @@ impl Read for Archive<'_> {
 
 /// Decompresses until the end, an error, or nobody reads any more.
 fn pump(blob: impl Read, filled: &SyncSender<io::Result<Vec<u8>>>, empty: &Receiver<Vec<u8>>) -> io::Result<()> {
-    let mut archive = decompress(blob)?;
+    let mut archive = decompress(BufReader::with_capacity(READ_BUFFER, blob))?;
     loop {
         // There are never more than are under way, which `AHEAD` bounds.
         let mut piece = empty.try_recv().unwrap_or_default();
@@ -138,21 +138,6 @@ fn fill(input: &mut impl Read, buffer: &mut [u8]) -> (usize, io::Result<()>) {
         }
     }
     (filled, Ok(()))
-}
-
-/// The archive inside the blob, by the blob's first bytes.
-fn decompress<'a>(blob: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let mut blob = BufReader::with_capacity(READ_BUFFER, blob);
-    let magic = blob.fill_buf()?;
-    if magic.starts_with(&[0x1f, 0x8b]) {
-        return Ok(Box::new(flate2::bufread::MultiGzDecoder::new(blob)));
-    }
-    // A frame, or the skippable frame that some writers of seekable zstd put first (RFC 8878, 3.1).
-    let is_skippable = matches!(magic, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
-    if magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || is_skippable {
-        return Ok(Box::new(zstd::stream::read::Decoder::with_buffer(blob)?));
-    }
-    Ok(Box::new(blob))
 }
 
 struct Watched<F> {

@@ -16,11 +16,11 @@ use sha2::Digest as _;
 use sha2::Sha256;
 
 use crate::image::archive::error::ImportError;
-use crate::image::archive::input::Compression;
 use crate::image::archive::names;
 use crate::image::archive::spool::Spool;
 use crate::image::archive::spool::SpoolWriter;
 use crate::image::archive::spool::Spooled;
+use crate::image::compression::Compression;
 use crate::image::digest::Digest;
 use crate::image::progress::Progress;
 use crate::image::progress::ProgressEvent;

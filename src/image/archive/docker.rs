@@ -17,7 +17,7 @@ use crate::image::archive::contents::Contents;
 use crate::image::archive::contents::Summary;
 use crate::image::archive::error::ImportError;
 use crate::image::archive::found::Found;
-use crate::image::archive::input::Compression;
+use crate::image::compression::Compression;
 use crate::image::config::ImageConfig;
 use crate::image::config::null_as_default;
 use crate::image::digest::Digest;

@@ -1,7 +1,6 @@
 //! The bytes of an archive: where they come from, decompressed, counted, and stopped when nobody waits any more.
 
 use std::io;
-use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
 use std::time::Duration;
@@ -17,6 +16,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::image::archive::error::ImportError;
+use crate::image::compression::decompress;
 
 /// Gathered from a reader before it is handed over, in bytes.
 const PIECE: usize = 128 << 10;
@@ -100,33 +100,6 @@ pub(super) fn open(
     let source: Box<dyn Read> = Box::new(source);
     let archive = decompress(BufReader::with_capacity(BUFFER, meter(source)))?;
     Ok(BufReader::with_capacity(BUFFER, meter(archive)))
-}
-
-/// How a file is compressed, by its first bytes: names and labels lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Compression {
-    None,
-    Gzip,
-    Zstd,
-}
-
-impl Compression {
-    pub(super) const fn of(start: &[u8]) -> Self {
-        match start {
-            [0x1f, 0x8b, ..] => Self::Gzip,
-            // A frame, or the skippable frame that some writers of seekable zstd put first (RFC 8878, 3.1).
-            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
-            _ => Self::None,
-        }
-    }
-}
-
-fn decompress(mut input: impl BufRead + 'static) -> io::Result<Box<dyn Read>> {
-    Ok(match Compression::of(input.fill_buf()?) {
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
-        Compression::Zstd => Box::new(zstd::stream::read::Decoder::with_buffer(input)?),
-        Compression::None => Box::new(input),
-    })
 }
 
 /// Stops a source without end, a decompression bomb and an import that nobody waits for.
