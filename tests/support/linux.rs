@@ -9,11 +9,10 @@ use std::sync::Arc;
 
 use kiln::ExecBuilder;
 use kiln::block::BlockBackend;
-use kiln::block::FileBackend;
+use kiln::block::ConcatBackend;
 use kiln::exec;
 use kiln::hv::soft::Soft;
 use kiln::rootfs;
-use kiln::rootfs::RootfsCache;
 use kiln::units::Bytes;
 use kiln::vm::Assets;
 use kiln::vmm::Machine;
@@ -24,24 +23,23 @@ use serde_json::json;
 
 use crate::guest::DEADLINE;
 use crate::guest::busybox_image;
+use crate::image_support::Place;
 
-/// A busybox root filesystem as a file.
+/// A busybox root filesystem.
 pub struct Root {
-    _folder: tempfile::TempDir,
-    path: PathBuf,
+    _place: Place,
+    files: Vec<PathBuf>,
 }
 
 impl Root {
     pub async fn new() -> Self {
-        let (_place, image) = busybox_image(json!({})).await;
-        let folder = tempfile::tempdir().expect("a folder");
-        let cache = RootfsCache::open(folder.path()).await.expect("a cache");
-        let path = rootfs::build(&image, &cache).await.expect("builds").path;
-        Self { _folder: folder, path }
+        let (place, image) = busybox_image(json!({})).await;
+        let files = rootfs::build(&image).await.expect("builds").files().to_vec();
+        Self { _place: place, files }
     }
 
     pub fn disks(&self) -> Vec<Arc<dyn BlockBackend>> {
-        vec![Arc::new(FileBackend::open(&self.path).expect("the root image"))]
+        vec![Arc::new(ConcatBackend::open(&self.files).expect("the root image"))]
     }
 }
 
