@@ -2,7 +2,7 @@
 
 use crate::exec::ExecError;
 use crate::files::FileError;
-use crate::image::{ImportError, LayoutError, PullError};
+use crate::image::{CustomizeError, ImportError, LayoutError, PullError, StoreError};
 use crate::rootfs::RootfsError;
 use crate::vm::{ShutdownError, StartError};
 use crate::workload::WorkloadError;
@@ -22,6 +22,12 @@ pub enum Error {
     /// An image could not be imported.
     #[error(transparent)]
     Import(#[from] ImportError),
+    /// An image could not be changed as asked.
+    #[error(transparent)]
+    Customize(#[from] CustomizeError),
+    /// The image store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A root filesystem could not be built.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
