@@ -17,6 +17,7 @@ use kiln::VmConfig;
 use kiln::image::ConfigError;
 use kiln::image::Digest;
 use kiln::image::Image;
+use kiln::image::ImageStore;
 use kiln::image::ManifestError;
 use kiln::image::Platform;
 use kiln::image::Progress;
@@ -24,6 +25,8 @@ use kiln::image::ProgressEvent;
 use kiln::image::PullError;
 use kiln::image::PullPolicy;
 use kiln::image::RegistryAuth;
+use kiln::image::StoreError;
+use kiln::units::Bytes;
 use serde_json::Value;
 use serde_json::json;
 
@@ -366,4 +369,28 @@ async fn layers_that_are_here_are_reported_as_arrived() {
         assert!(events[2..].contains(&ProgressEvent::Fetching { layer, done: size, total: size }), "{events:?}");
     }
     assert_eq!(events.len(), 4);
+}
+
+#[tokio::test]
+async fn a_quota_holds_for_all_layers_of_a_pull_together() {
+    let registry = Registry::open();
+    // What no compressor makes smaller: the registry's client compresses.
+    let noise = |seed: u64| -> Vec<u8> {
+        let mut state = seed;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        };
+        (0..300_000).map(|_| next()).collect()
+    };
+    let layers = [1, 2].map(|seed| LayerBlob::plain(Tar::new().file("f", &noise(seed)).finish()));
+    registry.push(Layout::of(&layers).folder.path(), "latest", "two:1", &[]);
+    let place = Place::new().await;
+    let store = ImageStore::options().quota(Bytes::kib(450)).open(place.store.root()).await.unwrap();
+    let error = Image::builder(format!("{}/two:1", registry.address)).store(store).pull().await.unwrap_err();
+    let PullError::Store(StoreError::Quota { needed, .. }) = error else { panic!("{error:?}") };
+    assert!(needed.0 > 400_000, "{needed:?}");
+    assert_eq!(place.debris(), [""; 0]);
 }

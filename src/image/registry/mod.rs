@@ -203,6 +203,7 @@ impl Pull<'_> {
         let layers = manifest.layers.iter().cloned().enumerate().filter(|(_, layer)| seen.insert(layer.digest));
         // Owned items: a closure over borrowed ones is too general for the compiler to see that the future is `Send`.
         let layers: Vec<_> = layers.collect();
+        self.reserve(layers.iter().map(|(_, layer)| (layer.digest, layer.size)).collect()).await?;
         let layers = layers.into_iter().map(|(index, layer)| async move {
             let result = self.layer(index, &layer).await;
             if result.is_err() {
@@ -213,6 +214,16 @@ impl Pull<'_> {
         // In the order they end, so the first error is the one that stopped the rest.
         let results: Vec<_> = stream::iter(layers).buffer_unordered(self.options.parallel_blobs.max(1)).collect().await;
         results.into_iter().collect()
+    }
+
+    /// Makes sure that there is room for all that is missing: each layer by itself might fit.
+    async fn reserve(&self, layers: Vec<(Digest, u64)>) -> Result<(), PullError> {
+        let store = self.store.clone();
+        let missing = move || {
+            let missing = layers.iter().filter(|(digest, size)| !store.contains(digest, *size)).map(|(_, size)| *size);
+            Ok(store.reserve(missing.fold(0, u64::saturating_add))?)
+        };
+        run_blocking(missing).await
     }
 
     /// A layer that is here is not fetched, and one that somebody else is fetching is waited for.

@@ -365,6 +365,8 @@ impl ImageStore {
         platform: &Platform,
         manifest: &Digest,
     ) -> Result<(), StoreError> {
+        // One that finds the old content to lead nowhere would remove the new.
+        let _no_collector = self.lock_shared()?;
         let path = self.reference_path(reference, platform);
         AtomicFile::write(&path, format!("{manifest}\n{reference}\n").as_bytes()).map_err(StoreError::io(&path))
     }
