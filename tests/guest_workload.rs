@@ -101,7 +101,7 @@ async fn an_image_without_a_command_has_no_workload_of_its_own() {
     let error = vm.workload().argv(["true"]).user("nobody-here").start().await.unwrap_err();
     assert!(matches!(&error, WorkloadError::Exec(ExecError::UnknownUser { .. })), "{error:?}");
 
-    let first = start(&vm, "exec sleep 1000").await;
+    let first = vm.workload().argv(["sleep", "1000"]).start().await.unwrap();
     assert!(matches!(vm.workload().argv(["true"]).start().await, Err(WorkloadError::AlreadyRunning)));
     assert_eq!(sh(&vm, &format!("cat /proc/{}/comm", first.id())).await, "sleep\n");
     first.signal(9).await.unwrap();
