@@ -3,12 +3,13 @@
 #[path = "support/guest.rs"]
 mod guest;
 mod image_support;
+#[path = "support/logs.rs"]
+mod logs;
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use futures::StreamExt;
-use futures::TryStreamExt;
 use guest::DEADLINE;
 use guest::boot;
 use guest::boot_with;
@@ -18,40 +19,9 @@ use kiln::ExecError;
 use kiln::Vm;
 use kiln::Workload;
 use kiln::WorkloadError;
-use kiln::WorkloadLog;
-use kiln::WorkloadLogs;
+use logs::all;
+use logs::hear;
 use serde_json::json;
-
-/// Everything up to the end: both outputs, and how much is lost.
-async fn all(logs: WorkloadLogs) -> (String, String, u64) {
-    let (mut stdout, mut stderr, mut lost) = (Vec::new(), Vec::new(), 0);
-    let pieces: Vec<_> = tokio::time::timeout(DEADLINE, logs.try_collect()).await.expect("an end").expect("no error");
-    for piece in pieces {
-        match piece {
-            WorkloadLog::Stdout(bytes) => stdout.extend(bytes),
-            WorkloadLog::Stderr(bytes) => stderr.extend(bytes),
-            WorkloadLog::Lost { bytes } => lost += bytes,
-            other => panic!("{other:?}"),
-        }
-    }
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("these tests print text");
-    (text(stdout), text(stderr), lost)
-}
-
-/// Waits until standard output has brought `expected`.
-async fn hear(logs: &mut WorkloadLogs, expected: &str) {
-    let mut heard = Vec::new();
-    while heard.len() < expected.len() {
-        let piece = tokio::time::timeout(DEADLINE, logs.next()).await.expect("a piece in time");
-        match piece.expect("not over").expect("no error") {
-            WorkloadLog::Stdout(bytes) => heard.extend(bytes),
-            // A shell may have something to say about the end of its children.
-            WorkloadLog::Stderr(_) => {}
-            other => panic!("{other:?}"),
-        }
-    }
-    assert_eq!(String::from_utf8_lossy(&heard), expected);
-}
 
 /// Starts a shell line in place of the image's command.
 async fn start(vm: &Vm, line: &str) -> Workload {

@@ -5,7 +5,6 @@ mod image_support;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::path::PathBuf;
 
 use base64::Engine;
@@ -224,14 +223,17 @@ async fn the_users_own_configuration_and_a_helper_on_the_path() {
     assert!(user.status.success(), "{user:?}");
 }
 
-/// The number in a file, once it is there.
-async fn number_in(path: &Path) -> String {
-    loop {
-        match fs::read_to_string(path) {
-            Ok(text) if text.ends_with('\n') => return text.trim().to_owned(),
-            _ => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+/// What `look` finds, once it finds something; looks again and again for thirty seconds.
+async fn eventually<T>(look: impl Fn() -> Option<T>) -> T {
+    let looking = async {
+        loop {
+            match look() {
+                Some(found) => return found,
+                None => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+            }
         }
-    }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), looking).await.expect("in time")
 }
 
 #[tokio::test]
@@ -243,14 +245,13 @@ async fn a_helper_does_not_outlive_the_pull_that_asks_it() {
         let pull = std::pin::pin!(private.builder().docker_config(config).pull());
         tokio::select! {
             result = pull => panic!("the helper never answers: {result:?}"),
-            pid = number_in(&note) => pid,
+            pid = eventually(|| fs::read_to_string(&note).ok().filter(|text| text.ends_with('\n'))) => pid,
         }
     };
     // Killed when the pull was dropped; it is there until it has been waited for.
-    let is_running = || fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
-    while is_running() {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
+    let stat = format!("/proc/{}/stat", pid.trim());
+    let is_running = || fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+    eventually(|| (!is_running()).then_some(())).await;
 }
 
 #[tokio::test]

@@ -135,6 +135,14 @@ async fn operate(place: &Place, store: &ImageStore, operation: Operation, random
     }
 }
 
+/// Leaves nothing in the store.
+async fn clear(store: &ImageStore) {
+    for listed in store.images().await.unwrap() {
+        store.remove_image(&listed.digest).await.unwrap();
+    }
+    store.gc().await.unwrap();
+}
+
 /// Starts this program for a job: an operation to repeat, or a number of rounds of all.
 fn start(place: &Place, job: &str, seed: u64) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -161,6 +169,9 @@ async fn a_process_with_a_job() {
         loop {
             if matches!(operation, Operation::Collect) {
                 operate(&place, &store, Operation::Layout, &mut random).await;
+            } else {
+                // What is there already would only be found.
+                clear(&store).await;
             }
             operate(&place, &store, *operation, &mut random).await;
         }
@@ -188,9 +199,9 @@ async fn a_store_survives_kills_at_any_instant() {
     let folder = image_support::scratch();
     let (place, _registry) = Place::fill(folder.path());
     let expected = expected_roots(&place).await;
-    let (mut random, mut half_done) = (Random(seed), 0);
+    let (mut random, mut half_done) = (Random(seed), [0; OPERATIONS.len()]);
     for kill in 0..KILLS {
-        for operation in OPERATIONS {
+        for (number, operation) in OPERATIONS.into_iter().enumerate() {
             let mut child = start(&place, &format!("{operation:?}"), random.below(u64::MAX) + 1);
             await_ready(&mut child);
             let life = Duration::from_micros(random.below(LONGEST_LIFE.as_micros() as u64));
@@ -201,14 +212,23 @@ async fn a_store_survives_kills_at_any_instant() {
             let context = format!("{SEED}={seed}, kill {kill} of {operation:?} after {life:?}");
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             assert_eq!(output.status.code(), None, "{context}: ended by itself: {said}");
-            half_done +=
-                usize::from(debris(&place.folder.join("images")).iter().any(|file| !file.starts_with("leases")));
+            let half = if matches!(operation, Operation::Build) { "derived" } else { "blobs" };
+            let left = debris(&place.folder.join("images"));
+            half_done[number] += usize::from(left.iter().any(|file| file.starts_with(half)));
             let check = tokio::spawn(check(place.clone(), kill as usize % IMAGES, expected.clone()));
             check.await.unwrap_or_else(|error| panic!("{context}: {error}"));
         }
     }
-    // Most kills meet a process while it writes; with none of them nothing would have been tried.
-    assert!(half_done > 10, "{SEED}={seed}: only {half_done} processes were killed while they wrote");
+    // Pulls and imports in the middle of a blob, builds in the middle of a layer or of the image: else nothing was tried.
+    let [writers @ .., _collect] = half_done;
+    assert!(writers.iter().all(|count| *count > 0), "{SEED}={seed}: killed while they wrote: {half_done:?}");
+    print_counts(half_done);
+}
+
+/// How many of [`KILLS`] met each operation while it wrote.
+#[allow(clippy::print_stderr, reason = "a count that must be seen: the test proves as much as it says")]
+fn print_counts(half_done: [usize; OPERATIONS.len()]) {
+    eprintln!("killed while they wrote, of {KILLS} each: {OPERATIONS:?} {half_done:?}");
 }
 
 /// The digests of the root filesystems, made where nobody was killed.

@@ -1,5 +1,7 @@
 //! The SDK's workload against a real agent, over connections that the tests may break.
 
+#[path = "../../tests/support/logs.rs"]
+mod logs;
 mod support;
 
 use std::io;
@@ -10,16 +12,16 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use futures::StreamExt;
-use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use kiln::ExecError;
 use kiln::Workload;
 use kiln::WorkloadBuilder;
 use kiln::WorkloadError;
 use kiln::WorkloadLog;
-use kiln::WorkloadLogs;
 use kiln::transport::Connector;
 use kiln::transport::GuestStream;
+use logs::all;
+use logs::hear;
 use support::Agent;
 use support::Gate;
 use support::PATIENCE;
@@ -71,37 +73,6 @@ fn shell(builder: WorkloadBuilder, script: &str) -> WorkloadBuilder {
 
 async fn start(agent: &Agent, script: &str) -> Workload {
     shell(WorkloadBuilder::new(agent.socket()), script).start().await.expect("starts")
-}
-
-/// Everything up to the end: both outputs, and how much is lost.
-async fn all(logs: WorkloadLogs) -> (String, String, u64) {
-    let (mut stdout, mut stderr, mut lost) = (Vec::new(), Vec::new(), 0);
-    let pieces: Vec<_> = tokio::time::timeout(PATIENCE, logs.try_collect()).await.expect("an end").expect("no error");
-    for piece in pieces {
-        match piece {
-            WorkloadLog::Stdout(bytes) => stdout.extend(bytes),
-            WorkloadLog::Stderr(bytes) => stderr.extend(bytes),
-            WorkloadLog::Lost { bytes } => lost += bytes,
-            other => panic!("{other:?}"),
-        }
-    }
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
-    (text(stdout), text(stderr), lost)
-}
-
-/// Waits until standard output has brought `expected`.
-async fn hear(logs: &mut WorkloadLogs, expected: &str) {
-    let mut heard = Vec::new();
-    while heard.len() < expected.len() {
-        let piece = tokio::time::timeout(PATIENCE, logs.next()).await.expect("a piece in time");
-        match piece.expect("not over").expect("no error") {
-            WorkloadLog::Stdout(bytes) => heard.extend(bytes),
-            // A shell may have something to say about the end of its children.
-            WorkloadLog::Stderr(_) => {}
-            other => panic!("{other:?}"),
-        }
-    }
-    assert_eq!(String::from_utf8_lossy(&heard), expected);
 }
 
 #[tokio::test]
