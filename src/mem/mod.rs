@@ -15,9 +15,15 @@
 //! [`GuestRam::store`], which cost one compare and one move.
 
 mod code_pages;
+mod extent;
+mod freeze;
+mod image;
 mod page_set;
 mod ram;
 
 pub use code_pages::{CodePages, CodePagesSlice};
+pub use extent::Extent;
+pub(crate) use freeze::{is_zero, write_data};
+pub use image::{MemoryId, MemoryImage};
 pub use page_set::PageSet;
-pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar, SourceId};
+pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar};

@@ -3,6 +3,7 @@
 //! A private mapping's page is the file's until the first write makes it a copy. Linux says in `/proc/self/pagemap`
 //! which pages are copies. Elsewhere, or where that is not allowed, nobody knows, and whoever asks must compare.
 
+use super::Extent;
 use crate::units::PAGE_SIZE;
 
 /// A set of pages of RAM.
@@ -18,6 +19,24 @@ impl PageSet {
     pub fn contains(&self, offset: u64) -> bool {
         let page = offset / PAGE_SIZE;
         self.bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0)
+    }
+
+    /// The RAM offsets of its pages, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
+        let words = (0u64..).zip(&self.bits).filter(|(_, word)| **word != 0);
+        words.flat_map(|(n, word)| {
+            let set = (0..64).filter(move |bit| word >> bit & 1 != 0);
+            set.map(move |bit| (n * 64 + bit) * PAGE_SIZE)
+        })
+    }
+
+    /// Adds the pages of `extent`, as far as they are RAM.
+    pub(super) fn add(&mut self, extent: Extent) {
+        for page in extent.offset / PAGE_SIZE..extent.end() / PAGE_SIZE {
+            if let Some(word) = self.bits.get_mut((page / 64) as usize) {
+                *word |= 1 << (page % 64);
+            }
+        }
     }
 
     /// The pages of `len` bytes of this process's memory from `address` on that belong to no file.

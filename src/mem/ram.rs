@@ -10,6 +10,8 @@ use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::CodePages;
+use super::MemoryId;
+use super::MemoryImage;
 use super::PageSet;
 use crate::units::{Bytes, GuestAddr, PAGE_SIZE};
 
@@ -50,6 +52,9 @@ pub enum RamError {
     /// The file cannot be looked at.
     #[error("looking at a memory file")]
     File(#[source] io::Error),
+    /// What RAM holds could not be kept.
+    #[error("copying guest memory")]
+    Freeze(#[source] io::Error),
 }
 
 /// An integer the processor moves to and from memory, little endian.
@@ -134,11 +139,8 @@ pub struct GuestRam {
     mapping: Mapping,
     code_pages: CodePages,
     low: u64,
-    source: Option<SourceId>,
+    source: Option<MemoryImage>,
 }
-
-/// Names what files hold, for whoever maps them to know it again.
-pub type SourceId = [u8; 32];
 
 impl GuestRam {
     /// Maps `size` bytes of zeroed RAM.
@@ -231,17 +233,26 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Says what the mapped files hold.
-    #[must_use]
-    pub fn with_source(mut self, source: SourceId) -> Self {
+    /// Says which image the mapped files are.
+    pub(super) fn with_source(mut self, source: MemoryImage) -> Self {
         self.source = Some(source);
         self
     }
 
-    /// What [`with_source`](Self::with_source) said: what RAM was before anybody wrote to it.
+    /// The image that it was [mapped](MemoryImage::map) from: what RAM was before anybody wrote to it.
     #[must_use]
-    pub fn source(&self) -> Option<SourceId> {
-        self.source
+    pub fn source(&self) -> Option<&MemoryImage> {
+        self.source.as_ref()
+    }
+
+    /// The pages in which RAM may differ from the image called `id`; `None` when that is not known, as it is not unless
+    /// RAM was mapped from that image or from one that builds on it.
+    #[must_use]
+    pub fn written_since(&self, id: &MemoryId) -> Option<PageSet> {
+        let above = self.source()?.above(id)?;
+        let mut pages = self.private_pages()?;
+        above.into_iter().for_each(|extent| pages.add(extent));
+        Some(pages)
     }
 
     /// The pages that may have been written since the files were mapped; `None` when the host does not tell.

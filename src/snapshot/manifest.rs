@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::SnapshotError;
+use crate::mem::Extent;
 use crate::units::{Bytes, PAGE_SIZE};
 use crate::vmm::MACHINE_STATE_VERSION;
 use crate::vmm::MachineState;
@@ -46,22 +47,6 @@ pub struct Origin {
     pub kernel: String,
     /// The agent.
     pub agent: String,
-}
-
-/// A range of the memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Extent {
-    /// Where it begins; a multiple of the page size.
-    pub(super) offset: u64,
-    /// Its bytes; a positive multiple of the page size.
-    pub(super) len: u64,
-}
-
-impl Extent {
-    pub(super) fn end(self) -> u64 {
-        self.offset.saturating_add(self.len)
-    }
 }
 
 /// What is said about the memory.

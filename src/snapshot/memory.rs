@@ -9,8 +9,10 @@ use sha2::{Digest as _, Sha256};
 use super::manifest::CHUNK;
 use super::manifest::DIGEST_LEN;
 use super::manifest::EXTENTS_MAX;
-use super::manifest::Extent;
+use crate::mem::Extent;
 use crate::mem::GuestRam;
+use crate::mem::is_zero;
+use crate::mem::write_data;
 use crate::units::PAGE_SIZE;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -45,23 +47,10 @@ pub(super) fn write(ram: &GuestRam, extents: &[Extent], file: &File) -> io::Resu
             let outside = || io::Error::other("an extent outside the memory");
             ram.read_bytes(part.offset, &mut bytes[at..at + part.len as usize]).ok_or_else(outside)?;
         }
-        write_pages(file, chunk.offset, bytes)?;
+        write_data(file, chunk.offset, bytes)?;
         digests.extend_from_slice(&digest(bytes));
     }
     Ok(digests)
-}
-
-/// Writes what is not zero, a run of pages at a time.
-fn write_pages(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
-    let mut pages = bytes.chunks(PAGE).enumerate().filter(|(_, page)| !is_zero(page)).map(|(n, _)| n).peekable();
-    while let Some(first) = pages.next() {
-        let mut end = first + 1;
-        while pages.next_if_eq(&end).is_some() {
-            end += 1;
-        }
-        file.write_all_at(&bytes[first * PAGE..(end * PAGE).min(bytes.len())], offset + (first * PAGE) as u64)?;
-    }
-    Ok(())
 }
 
 /// The first chunk of `file` that does not have its digest.
@@ -79,11 +68,6 @@ pub(super) fn find_damage(file: &File, size: u64, digests: &[u8]) -> io::Result<
 
 fn digest(bytes: &[u8]) -> ChunkDigest {
     if is_zero(bytes) { ChunkDigest::default() } else { Sha256::digest(bytes).into() }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; PAGE] = [0; PAGE];
-    bytes.chunks(PAGE).all(|page| page == &ZEROS[..page.len()])
 }
 
 /// The pages of `ram` that are not what `parent` reads, as few extents as a diff may have. Only pages that
@@ -106,27 +90,7 @@ pub(super) fn changes(
             None => changed.push(Extent { offset, len: PAGE_SIZE }),
         }
     }
-    Ok(merge(changed, EXTENTS_MAX))
-}
-
-/// Joins the extents with the smallest gaps between them until there are at most `most`; what lies in a gap is the
-/// same in both memories.
-fn merge(extents: Vec<Extent>, most: usize) -> Vec<Extent> {
-    let too_many = extents.len().saturating_sub(most);
-    if too_many == 0 {
-        return extents;
-    }
-    let mut gaps: Vec<u64> = extents.windows(2).map(|pair| pair[1].offset - pair[0].end()).collect();
-    let (_, largest, _) = gaps.select_nth_unstable(too_many - 1);
-    let largest = *largest;
-    let mut merged: Vec<Extent> = Vec::with_capacity(most);
-    for extent in extents {
-        match merged.last_mut().filter(|last| extent.offset - last.end() <= largest) {
-            Some(last) => last.len = extent.end() - last.offset,
-            None => merged.push(extent),
-        }
-    }
-    merged
+    Ok(Extent::join(changed, EXTENTS_MAX))
 }
 
 #[cfg(test)]
@@ -172,13 +136,5 @@ mod tests {
         let found = |may_differ: fn(u64) -> bool| changes(&ram, may_differ, parent).unwrap();
         assert_eq!(found(|_| true), extents(&[(0, 3), (7, 1)]));
         assert_eq!(found(|offset| offset != 0), extents(&[(1, 2), (7, 1)]));
-    }
-
-    #[test]
-    fn too_many_extents_are_joined_across_the_smallest_gaps() {
-        let scattered = extents(&[(0, 1), (2, 1), (10, 1), (13, 2), (100, 1)]);
-        assert_eq!(merge(scattered.clone(), 5), scattered);
-        assert_eq!(merge(scattered.clone(), 3), extents(&[(0, 3), (10, 5), (100, 1)]));
-        assert_eq!(merge(scattered, 1), extents(&[(0, 101)]));
     }
 }

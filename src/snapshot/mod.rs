@@ -37,12 +37,13 @@ use sha2::{Digest as _, Sha256};
 
 use crate::block::BlockBackend;
 use crate::hv::Hypervisor;
+use crate::mem::Extent;
 use crate::mem::GuestRam;
-use crate::mem::SourceId;
-use crate::units::{Bytes, PAGE_SIZE};
+use crate::mem::MemoryId;
+use crate::mem::MemoryImage;
+use crate::units::Bytes;
 use crate::vmm::Machine;
 use crate::vmm::MachineState;
-use manifest::Extent;
 use manifest::MANIFEST_MAX;
 use manifest::Manifest;
 use manifest::Memory;
@@ -66,20 +67,15 @@ pub struct Contents<'a> {
     pub since: Option<&'a Snapshot>,
 }
 
-/// The memory's file, and what of it holds.
-#[derive(Debug)]
-struct Layer {
-    file: File,
-    extents: Vec<Extent>,
-}
-
 /// A snapshot that was opened. Its files stay open: it is whole whatever becomes of the folder.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     folder: PathBuf,
     manifest: Arc<Manifest>,
-    /// From the full one upwards.
-    layers: Vec<Arc<Layer>>,
+    /// The memory's file of this snapshot itself.
+    file: Arc<File>,
+    /// All of the memory: of a diff with the parent's below.
+    memory: MemoryImage,
 }
 
 impl Snapshot {
@@ -172,14 +168,15 @@ impl Snapshot {
             }
             _ => {}
         }
-        let whole = Extent { offset: 0, len: manifest.memory.size.0 };
-        let extents = if on.is_some() { manifest.memory.extents.clone() } else { vec![whole] };
-        let mut layers = on.map(|parent| parent.layers.clone()).unwrap_or_default();
         if on.is_some_and(|parent| parent.memory_size() != manifest.memory.size) {
             return Err(SnapshotError::Damaged("a diff of another size than its parent"));
         }
-        layers.push(Arc::new(Layer { file, extents }));
-        Ok(Self { folder: folder.to_owned(), manifest: Arc::new(manifest), layers })
+        let (file, id) = (Arc::new(file), memory_id(&manifest));
+        let memory = match on {
+            Some(parent) => parent.memory.with(Arc::clone(&file), manifest.memory.extents.clone(), id),
+            None => MemoryImage::new(Arc::clone(&file), manifest.memory.size, id),
+        };
+        Ok(Self { folder: folder.to_owned(), manifest: Arc::new(manifest), file, memory })
     }
 
     /// Checks that the snapshot was made from what it is to be used with.
@@ -217,7 +214,7 @@ impl Snapshot {
         if manifest::name_of(&Sha256::digest(&digests)) != self.manifest.memory.digests {
             return Err(SnapshotError::Damaged("the memory's digests are not those that were written"));
         }
-        let damage = memory::find_damage(self.file(), self.memory_size().0, &digests);
+        let damage = memory::find_damage(&self.file, self.memory_size().0, &digests);
         match damage.map_err(io_error(&self.folder.join(MEMORY)))? {
             Some(offset) => Err(SnapshotError::Memory { offset }),
             None => Ok(()),
@@ -255,14 +252,7 @@ impl Snapshot {
     /// # Errors
     /// [`SnapshotError::Map`].
     pub fn map_memory(&self) -> Result<GuestRam, SnapshotError> {
-        let (base, diffs) = self.layers.split_first().ok_or(SnapshotError::Damaged("no memory"))?;
-        let mut ram = GuestRam::from_file(&base.file, 0, self.memory_size())?;
-        for diff in diffs {
-            for extent in &diff.extents {
-                ram.overlay(&diff.file, extent.offset, Bytes(extent.len))?;
-            }
-        }
-        Ok(ram.with_source(self.source()))
+        Ok(self.memory.map()?)
     }
 
     /// The digest that names the snapshot: of its manifest, and through that of everything in it.
@@ -300,18 +290,8 @@ impl Snapshot {
     /// # Errors
     /// [`SnapshotError::Io`].
     pub fn memory_on_disk(&self) -> Result<Bytes, SnapshotError> {
-        let data = self.file().metadata().map_err(io_error(&self.folder.join(MEMORY)))?;
+        let data = self.file.metadata().map_err(io_error(&self.folder.join(MEMORY)))?;
         Ok(Bytes(data.blocks().saturating_mul(512)))
-    }
-
-    /// The memory's file of this snapshot itself.
-    fn file(&self) -> &File {
-        &self.layers.last().expect("a snapshot is made with one layer at least").file
-    }
-
-    /// The digest as the name of a memory's content.
-    fn source(&self) -> SourceId {
-        Sha256::digest(self.digest()).into()
     }
 
     /// What differs in `ram` from this snapshot's memory.
@@ -319,25 +299,16 @@ impl Snapshot {
         if ram.size() != self.memory_size() {
             return Err(SnapshotError::MachineMemory { wanted: self.memory_size(), given: ram.size() });
         }
-        // Memory that was mapped from here differs only where it was written.
-        let written = (ram.source() == Some(self.source())).then(|| ram.private_pages()).flatten();
+        let written = ram.written_since(&memory_id(&self.manifest));
         let may_differ = |offset| written.as_ref().is_none_or(|pages| pages.contains(offset));
-        let changes = memory::changes(ram, may_differ, |offset, page| self.read_page(offset, page));
+        let changes = memory::changes(ram, may_differ, |offset, page| self.memory.read_page(offset, page));
         changes.map_err(io_error(&self.folder.join(MEMORY)))
     }
+}
 
-    /// Reads a page as a machine that was restored from here finds it.
-    fn read_page(&self, offset: u64, page: &mut [u8]) -> io::Result<()> {
-        debug_assert_eq!(page.len() as u64, PAGE_SIZE);
-        let holds = |layer: &&Arc<Layer>| {
-            let next = layer.extents.partition_point(|extent| extent.end() <= offset);
-            layer.extents.get(next).is_some_and(|extent| extent.offset <= offset)
-        };
-        match self.layers.iter().rev().find(holds) {
-            Some(layer) => layer.file.read_exact_at(page, offset),
-            None => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
-    }
+/// The digest of a snapshot as the name of its memory.
+fn memory_id(manifest: &Manifest) -> MemoryId {
+    Sha256::digest(&manifest.integrity).into()
 }
 
 fn read_manifest(folder: &Path) -> Result<Vec<u8>, SnapshotError> {
