@@ -95,7 +95,7 @@ impl AtomicFile {
         let mut removed = 0;
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
-            if !is_temporary(&entry.file_name()) || !entry.file_type()?.is_file() {
+            if !is_temporary(&entry.file_name()) {
                 continue;
             }
             // Gone meanwhile: its writer has finished.
@@ -118,8 +118,10 @@ pub(crate) fn is_temporary(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
 }
 
+/// A file, or a folder that somebody was writing under such a name.
 fn remove_if_present(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
+    let is_folder = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    match if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

@@ -16,7 +16,7 @@ use futures::Stream;
 
 use crate::image::digest::Digest;
 
-/// A step on the way from a reference to a root filesystem.
+/// A step on the way from a reference to a guest that can be restored.
 ///
 /// A layer is named by the digest of its blob. Events of different layers interleave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +59,26 @@ pub enum ProgressEvent {
     },
     /// The root filesystem is there.
     Built {
+        /// The image.
+        image: Digest,
+    },
+    /// A guest boots from the image, to be kept as a snapshot.
+    Booting {
+        /// The image.
+        image: Digest,
+    },
+    /// The guest's agent answers, and the caller's warm-up is at work.
+    WarmingUp {
+        /// The image.
+        image: Digest,
+    },
+    /// The guest is being written to disk.
+    Saving {
+        /// The image.
+        image: Digest,
+    },
+    /// The snapshot is there, or was already: guests start from it.
+    Baked {
         /// The image.
         image: Digest,
     },

@@ -198,6 +198,14 @@ impl Snapshot {
         }
     }
 
+    /// Checks that the snapshot belongs to a root image, which is what a machine that is restored from it needs.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Origin`].
+    pub fn expect_root(&self, root: &str) -> Result<(), SnapshotError> {
+        self.expect_origin(&Origin { root: root.to_owned(), ..self.origin().clone() })
+    }
+
     /// Reads all of the memory and checks it against the digests. For a snapshot that came from elsewhere, or lay for
     /// long; [`restore`](Self::restore) does without. Of a diff this is the part above its parent.
     ///

@@ -4,9 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Vm;
 use super::assets::Assets;
+use super::bake::Warmup;
+use super::bake::WarmupResult;
 use crate::hv::Hypervisor;
 use crate::image::Progress;
+use crate::image::PullPolicy;
 use crate::rootfs::Limits;
 use crate::units::Bytes;
 
@@ -42,6 +46,7 @@ pub struct VmConfig {
     pub(super) memory: Bytes,
     pub(super) vcpus: u8,
     pub(super) hostname: Option<String>,
+    pub(super) machine_id: Option<String>,
     pub(super) resolv_conf: Option<String>,
     pub(super) overlay_size: Bytes,
     pub(super) kernel: Kernel,
@@ -53,6 +58,9 @@ pub struct VmConfig {
     pub(super) extra_cmdline: String,
     pub(super) progress: Progress,
     pub(super) root_limits: Limits,
+    pub(super) bake: PullPolicy,
+    pub(super) warmup: Option<Warmup>,
+    pub(super) warmup_timeout: Duration,
 }
 
 impl Default for VmConfig {
@@ -69,6 +77,7 @@ impl VmConfig {
             memory: Bytes::mib(256),
             vcpus: 1,
             hostname: None,
+            machine_id: None,
             resolv_conf: None,
             overlay_size: Bytes::mib(128),
             kernel: Kernel::default(),
@@ -80,6 +89,9 @@ impl VmConfig {
             extra_cmdline: String::new(),
             progress: Progress::default(),
             root_limits: Limits::default(),
+            bake: PullPolicy::Missing,
+            warmup: None,
+            warmup_timeout: Duration::from_secs(600),
         }
     }
 
@@ -101,6 +113,14 @@ impl VmConfig {
     #[must_use]
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
         self.hostname = Some(name.into());
+        self
+    }
+
+    /// The content of the guest's `/etc/machine-id`: 32 lowercase hexadecimal digits (machine-id(5)). Else a guest that
+    /// is restored gets a random one of its own, and one that is booted keeps the image's.
+    #[must_use]
+    pub fn machine_id(mut self, id: impl Into<String>) -> Self {
+        self.machine_id = Some(id.into());
         self
     }
 
@@ -146,7 +166,7 @@ impl VmConfig {
         self
     }
 
-    /// How long the guest may take from its first instruction until its agent answers.
+    /// How long the guest may take from its first instruction, booted or restored, until its agent answers.
     #[must_use]
     pub fn boot_timeout(mut self, timeout: Duration) -> Self {
         self.boot_timeout = timeout;
@@ -182,6 +202,44 @@ impl VmConfig {
         self
     }
 
+    /// When [`Image::start`](crate::Image::start) and [`Image::bake`](crate::Image::bake) boot the image to make a snapshot of
+    /// it: always anew; only when there is none, which is the default; or never, which makes it an error that there is none.
+    #[must_use]
+    pub fn bake(mut self, policy: PullPolicy) -> Self {
+        self.bake = policy;
+        self
+    }
+
+    /// What is done with the guest when it is baked, after its agent answers: guests that are restored have it done
+    /// already. `tag` stands for it: change it when the same tag would mean something else, or guests go on with what
+    /// the old one did.
+    ///
+    /// Processes that it leaves running go on in each restored guest; connections into the guest are reset.
+    ///
+    /// ```
+    /// use kiln::VmConfig;
+    /// let config = VmConfig::new().warmup("imports-1", |vm| async move {
+    ///     vm.exec_builder().argv(["python3", "-c", "import json, http.client"]).output().await?;
+    ///     Ok(())
+    /// });
+    /// ```
+    #[must_use]
+    pub fn warmup<F, R>(mut self, tag: impl Into<String>, run: F) -> Self
+    where
+        F: Fn(Arc<Vm>) -> R + Send + Sync + 'static,
+        R: Future<Output = WarmupResult> + Send + 'static,
+    {
+        self.warmup = Some(Warmup::new(tag.into(), run));
+        self
+    }
+
+    /// How long the warm-up may take; ten minutes by default.
+    #[must_use]
+    pub fn warmup_timeout(mut self, timeout: Duration) -> Self {
+        self.warmup_timeout = timeout;
+        self
+    }
+
     /// How much an image may ask of this host when [`Image::start`](crate::Image::start) makes its root filesystem.
     #[must_use]
     pub fn root_limits(mut self, limits: Limits) -> Self {
@@ -210,6 +268,8 @@ pub struct GuestRoot {
     pub command: Vec<String>,
     /// The number of STOPSIGNAL; SIGTERM when absent.
     pub stop_signal: Option<u8>,
+    /// Names what the files hold together; found out by reading them, where that matters, when absent.
+    pub digest: Option<String>,
 }
 
 impl GuestRoot {
@@ -240,6 +300,7 @@ impl GuestRoot {
             hostname: None,
             command: Vec::new(),
             stop_signal: None,
+            digest: None,
         }
     }
 }

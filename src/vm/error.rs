@@ -8,9 +8,10 @@ use std::time::Duration;
 use super::assets;
 use crate::exec::ExecError;
 use crate::hv::HvError;
-use crate::image::Platform;
+use crate::image::{Digest, Platform, StoreError};
 use crate::rootfs::RootfsError;
-use crate::vmm::MachineError;
+use crate::snapshot::SnapshotError;
+use crate::vmm::{FreezeError, MachineError, RestoreError};
 use crate::vmm::boot::ElfError;
 
 /// Why a VM did not start. Nothing of it is left running then.
@@ -68,6 +69,42 @@ pub enum StartError {
     /// The machine could not be built.
     #[error("the machine could not be built")]
     Machine(#[source] MachineError),
+    /// The host refused a thread or entropy.
+    #[error("the host has no {what}")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// The host's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The image's store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The image is not baked, and was not to be ([`PullPolicy::Never`](crate::PullPolicy::Never)).
+    #[error("no snapshot of image {image} is baked for this configuration")]
+    NotBaked {
+        /// The image.
+        image: Digest,
+    },
+    /// The caller's warm-up failed, or did not end in time.
+    #[error("the warm-up {tag:?} failed")]
+    Warmup {
+        /// Its tag.
+        tag: String,
+        /// Its error.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The booted guest could not be kept.
+    #[error("keeping the guest as it is")]
+    Freeze(#[source] FreezeError),
+    /// The snapshot could not be written, or cannot be used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The machine could not be restored.
+    #[error("restoring the machine")]
+    Restore(#[source] RestoreError),
     /// The guest kernel panicked before its agent answered.
     #[error("the guest kernel panicked: {message}")]
     KernelPanic {

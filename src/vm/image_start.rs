@@ -1,4 +1,4 @@
-//! From an OCI image to a running VM: builds the root filesystem, once, and boots it.
+//! From an OCI image to a running VM.
 
 use super::GuestRoot;
 use super::StartError;
@@ -10,14 +10,16 @@ use crate::rootfs;
 use crate::workload::signal_number;
 
 impl Image {
-    /// Boots this image in a VM of its own and waits until that answers.
+    /// Starts this image in a VM of its own and waits until that answers.
     ///
-    /// The root filesystem is built from the layers the first time and kept in the image's store. The image's ENV,
-    /// WORKDIR and USER hold for every command that is run; its ENTRYPOINT and CMD are started by [`Vm::workload`].
+    /// The first time the root filesystem is built from the layers, a guest is booted and kept as a snapshot; from then on
+    /// guests are restored from that, in milliseconds, with the host's time, entropy of their own and a machine id of their
+    /// own ([`bake`](Self::bake)). Both are kept in the image's store. The image's ENV, WORKDIR and USER hold for every
+    /// command that is run; its ENTRYPOINT and CMD are started by [`Vm::workload`].
     ///
     /// # Errors
-    /// [`StartError`]: the root filesystem cannot be built from the layers, the guest kernel or agent is missing, or
-    /// the guest does not come up in time. Nothing is left running then.
+    /// [`StartError`]: the root filesystem cannot be built from the layers, the guest kernel or agent is missing, the
+    /// guest does not come up in time, or its snapshot cannot be written. Nothing is left running then.
     ///
     /// # Cancel safety
     /// Dropping the future stops what has been started; a root filesystem half built is removed.
@@ -32,16 +34,36 @@ impl Image {
     /// # Ok(()) }
     /// ```
     pub async fn start(&self, config: VmConfig) -> Result<Vm, StartError> {
-        let (image, guest) = (&self.config().platform, Platform::default());
-        if !image.serves(&guest) {
-            return Err(StartError::Platform { image: Box::new(image.clone()), guest: Box::new(guest) });
-        }
+        self.bake(config).await?.start().await
+    }
+
+    /// Boots this image in a VM of its own, from the kernel's first instruction on, and neither looks for a snapshot nor
+    /// makes one. [`VmConfig::warmup`] does not count.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    ///
+    /// # Cancel safety
+    /// As [`start`](Self::start).
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn f(image: kiln::Image) -> Result<(), kiln::Error> {
+    /// let vm = image.boot(kiln::VmConfig::new().verbose_boot(true)).await?;
+    /// println!("{}", vm.console().text());
+    /// # Ok(()) }
+    /// ```
+    pub async fn boot(&self, config: VmConfig) -> Result<Vm, StartError> {
         let root = self.root(&config).await?;
         Vm::start(root, config).await
     }
 
     /// The root filesystem and the part of the configuration that concerns processes.
-    async fn root(&self, config: &VmConfig) -> Result<GuestRoot, StartError> {
+    pub(super) async fn root(&self, config: &VmConfig) -> Result<GuestRoot, StartError> {
+        let (image, guest) = (&self.config().platform, Platform::default());
+        if !image.serves(&guest) {
+            return Err(StartError::Platform { image: Box::new(image.clone()), guest: Box::new(guest) });
+        }
         let builder = rootfs::Builder::new(self).limits(config.root_limits).progress(config.progress.clone());
         let built = builder.build().await?;
         let oci = self.config();
@@ -50,6 +72,7 @@ impl Image {
             Some((name.to_owned(), value.to_owned()))
         };
         let mut root = GuestRoot::erofs_files(built.files());
+        root.digest = Some(built.digest().to_string());
         root.env = oci.env.iter().filter_map(variable).collect();
         root.command = oci.command();
         root.stop_signal = oci.stop_signal.as_deref().and_then(stop_signal);

@@ -1,42 +1,55 @@
 //! A running microVM: start it, run commands in it, stop it.
 //!
 //! ```text
-//!   GuestRoot + VmConfig --start--> (boot, agent answers) --> Vm --exec--> ExecChild
-//!                                                              |
-//!                                          driver task owns the Machine
+//!   Image + VmConfig --start--> (bake, once) --> restore --> Vm --exec--> ExecChild
+//!   GuestRoot + VmConfig --start--> boot ------------------> |  --snapshot--> folder --restore--> Vm
+//!                                                            |  --fork--> Vms
+//!                                         driver task owns the Machine
 //! ```
-//! A VM knows no registries and no layers: its root filesystem arrives as a file. [`Image::start`] joins the two.
+//! A VM knows no registries and no layers: its root filesystem arrives as files. [`Image::start`] joins the two.
 //!
 //! [`Image::start`]: crate::image::Image::start
 
 pub mod assets;
+mod bake;
 mod config;
 mod driver;
 mod error;
 mod files;
+mod fork;
 mod image_start;
+mod pause;
+mod restore;
+mod snapshot;
 mod start;
+mod template;
 mod workload;
 
 pub use assets::Assets;
+pub use bake::{Baked, WarmupResult};
 pub use config::{Agent, GuestRoot, Kernel, VmConfig};
 pub use error::{ShutdownError, StartError, VmEnd};
+pub use fork::ForkError;
+pub use snapshot::KeepError;
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::time::Duration;
 
+use crate::exec::AgentInfo;
 use crate::exec::ExecBuilder;
 use crate::exec::ExecChild;
 use crate::exec::ExecError;
 use crate::exec::ExecSocket;
 use crate::exec::Link;
+use crate::snapshot::Snapshot;
 use crate::transport::Connector;
+use crate::vmm::Machine;
 use crate::vmm::console::Console;
-use driver::Command;
 use driver::DriverHandle;
-use workload::ImageCommand;
+use template::Template;
 
 /// Lines of console output that an error carries.
 const CONSOLE_LINES: usize = 30;
@@ -52,11 +65,14 @@ pub struct Vm {
     driver: DriverHandle,
     agent: Link,
     console: Console,
-    command: ImageCommand,
+    template: Arc<Template>,
+    /// What a difference is taken to: the snapshot that it was restored from, or the last one taken of it.
+    parent: Mutex<Option<Snapshot>>,
 }
 
 impl Vm {
-    /// Boots `root` as `config` says and waits until its agent answers.
+    /// Boots `root` as `config` says and waits until its agent answers. Nothing is baked: see
+    /// [`Image::start`](crate::image::Image::start) for that.
     ///
     /// # Errors
     /// [`StartError`], at the latest when the boot's time is up.
@@ -64,20 +80,19 @@ impl Vm {
     /// # Cancel safety
     /// Dropping the future stops what has been started.
     pub async fn start(root: GuestRoot, config: VmConfig) -> Result<Self, StartError> {
-        let boot_timeout = config.boot_timeout;
-        let command = ImageCommand { argv: root.command.clone(), stop_signal: root.stop_signal };
-        let building = tokio::task::spawn_blocking(move || start::machine(&root, config));
-        let machine = match building.await {
-            Ok(machine) => machine?,
-            Err(join) => match join.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => return Err(StartError::Config("the runtime is shutting down")),
-            },
-        };
-        let info = start::agent_ready(&machine, boot_timeout).await?;
+        let guest = start::guest_config(&root, &config);
+        start::boot(config, guest, move |config| {
+            let provenance = start::provenance(&root, config)?;
+            Template::open(&root, config, provenance)
+        })
+        .await
+    }
+
+    /// A VM over a machine whose agent has answered.
+    fn over(machine: Machine, template: Arc<Template>, info: AgentInfo) -> Self {
         let console = machine.console().clone();
         let agent = Link::new(Arc::new(machine.connector().clone())).knowing(info);
-        Ok(Self { driver: driver::spawn(machine), agent, console, command })
+        Self { driver: driver::spawn(machine), agent, console, template, parent: Mutex::default() }
     }
 
     /// Runs `argv` in the guest, with its input and outputs to be taken from the child.
@@ -128,8 +143,7 @@ impl Vm {
     /// # Cancel safety
     /// Cancel safe: the guest stops all the same.
     pub async fn shutdown(&self) -> Result<(), ShutdownError> {
-        // Full: somebody asked already. Closed: it has ended.
-        let _ = self.driver.commands.try_send(Command::Stop);
+        self.driver.stop();
         match tokio::time::timeout(STOP_TIMEOUT, self.wait()).await {
             Ok(_) => Ok(()),
             Err(_) => Err(ShutdownError { after: STOP_TIMEOUT }),

@@ -1,27 +1,33 @@
 //! From configuration to a guest whose agent answers.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_wire::AGENT_PORT;
 use kiln_wire::boot::GuestConfig;
 
 use super::CONSOLE_LINES;
+use super::Vm;
 use super::assets::Assets;
 use super::config::Agent;
 use super::config::GuestRoot;
 use super::config::Kernel;
 use super::config::VmConfig;
 use super::error::StartError;
+use super::template::Files;
+use super::template::Provenance;
+use super::template::Template;
+use super::template::digest_of;
 use crate::block::BlockBackend;
 use crate::block::ConcatBackend;
 use crate::block::FileBackend;
 use crate::exec;
-use crate::exec::AgentInfo;
 use crate::exec::ExecError;
-use crate::hv::soft::Soft;
+use crate::image::run_blocking;
 use crate::vmm::Machine;
 use crate::vmm::MachineConfig;
 use crate::vmm::MachineEnd;
@@ -33,27 +39,41 @@ use crate::vmm::boot::cpio;
 /// Largest agent taken into an initramfs; ours is a few MiB.
 const AGENT_MAX: u64 = 64 << 20;
 
+/// Boots `guest` from `root` and waits until its agent answers.
+///
+/// # Cancel safety
+/// Dropping the future stops what has been started.
+pub(super) async fn boot(
+    config: VmConfig,
+    guest: GuestConfig,
+    template: impl FnOnce(&VmConfig) -> Result<Template, StartError> + Send + 'static,
+) -> Result<Vm, StartError> {
+    let answer = config.boot_timeout;
+    let (machine, template) = run_blocking(move || {
+        let template = template(&config)?;
+        let machine = machine(&config, &guest, &template)?;
+        Ok::<_, StartError>((machine, template))
+    })
+    .await?;
+    let ready = exec::wait_ready(machine.connector(), answer);
+    let info = unless_ended(&machine, answer, ready).await?;
+    tracing::debug!(?info, port = AGENT_PORT, "agent answers");
+    Ok(Vm::over(machine, Arc::new(template), info))
+}
+
 /// Reads the files and starts the machine. Blocks for as long as reading a kernel takes.
-pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, StartError> {
-    if config.vcpus != 1 {
-        return Err(StartError::Config("only one vCPU is supported so far"));
-    }
-    let kernel_path = kernel_path(&config)?;
-    let kernel = open(&kernel_path, StartError::kernel_missing)?;
-    let agent = read_agent(&agent_path(&config)?)?;
-    let disk = disk(&root.files)?;
-    let guest = guest_config(root, &config);
-    // The one engine that every host has; a better one is chosen here once there is another.
-    let engine = config.engine.unwrap_or_else(|| Arc::new(Soft::new()));
+fn machine(config: &VmConfig, guest: &GuestConfig, template: &Template) -> Result<Machine, StartError> {
+    let ((kernel_path, kernel), (agent_path, agent)) = (open_kernel(config)?, open_agent(config)?);
+    let agent = read_agent(&agent_path, agent)?;
     let machine = MachineConfig {
         memory: config.memory,
         kernel,
         initramfs: cpio::initramfs(&agent, &guest.to_json()),
-        disks: vec![disk],
+        disks: template.disks.clone(),
         verbose_boot: config.verbose_boot,
-        extra_cmdline: config.extra_cmdline,
+        extra_cmdline: config.extra_cmdline.clone(),
     };
-    Machine::start(&*engine, machine).map_err(|error| match error {
+    Machine::start(&*template.engine, machine).map_err(|error| match error {
         // A kernel that is one, but does not fit, is the memory's fault.
         MachineError::Boot(BootError::Kernel(ElfError::OutsideRam { .. })) => StartError::Machine(error),
         MachineError::Boot(BootError::Kernel(source)) => StartError::KernelNotElf { path: kernel_path, source },
@@ -62,10 +82,8 @@ pub(super) fn machine(root: &GuestRoot, config: VmConfig) -> Result<Machine, Sta
 }
 
 /// The files one after another; a single one may have any length.
-fn disk(paths: &[PathBuf]) -> Result<Arc<dyn BlockBackend>, StartError> {
-    let open =
-        |path: &PathBuf| File::open(path).map_err(|source| StartError::Unreadable { path: path.clone(), source });
-    let mut files = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+pub(super) fn disk(paths: &[PathBuf]) -> Result<Arc<dyn BlockBackend>, StartError> {
+    let mut files = open_all(paths)?;
     let path = paths.first().cloned().ok_or(StartError::Config("the root filesystem has no file"))?;
     let unreadable = |source| StartError::Unreadable { path, source };
     match files.pop() {
@@ -74,18 +92,19 @@ fn disk(paths: &[PathBuf]) -> Result<Arc<dyn BlockBackend>, StartError> {
     }
 }
 
-/// Waits until the agent answers, or the machine ends, or time is up.
-pub(super) async fn agent_ready(machine: &Machine, timeout: std::time::Duration) -> Result<AgentInfo, StartError> {
+/// What the agent says in `answer`, unless the machine ends first or `timeout`, which is the answer's, has passed.
+pub(super) async fn unless_ended<T>(
+    machine: &Machine,
+    timeout: Duration,
+    answer: impl Future<Output = Result<T, ExecError>>,
+) -> Result<T, StartError> {
     let console = || machine.console().last_lines(CONSOLE_LINES);
     tokio::select! {
         // The end first: a guest that is gone also refuses connections.
         biased;
         end = machine.ended() => Err(ended_early(end, console())),
-        ready = exec::wait_ready(machine.connector(), timeout) => match ready {
-            Ok(agent) => {
-                tracing::debug!(?agent, port = AGENT_PORT, "agent answers");
-                Ok(agent)
-            }
+        answer = answer => match answer {
+            Ok(answer) => Ok(answer),
             Err(ExecError::Timeout { .. }) => Err(StartError::AgentTimeout { after: timeout, console: console() }),
             Err(source) => Err(StartError::Agent { source, console: console() }),
         },
@@ -102,7 +121,8 @@ fn ended_early(end: MachineEnd, console: Vec<String>) -> StartError {
     }
 }
 
-fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
+/// What the agent, as PID 1, makes of the guest.
+pub(super) fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
     let defaults = GuestConfig::default();
     GuestConfig {
         hostname: config.hostname.clone().or_else(|| root.hostname.clone()).unwrap_or(defaults.hostname),
@@ -116,18 +136,51 @@ fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
     }
 }
 
-fn kernel_path(config: &VmConfig) -> Result<PathBuf, StartError> {
-    match &config.kernel {
-        Kernel::Path(path) => Ok(path.clone()),
-        Kernel::Cached => Ok(assets(config)?.kernel()),
-    }
+/// The guest kernel and where it is.
+pub(super) fn open_kernel(config: &VmConfig) -> Result<(PathBuf, File), StartError> {
+    let path = match &config.kernel {
+        Kernel::Path(path) => path.clone(),
+        Kernel::Cached => assets(config)?.kernel(),
+    };
+    let file = open(&path, StartError::kernel_missing)?;
+    Ok((path, file))
 }
 
-fn agent_path(config: &VmConfig) -> Result<PathBuf, StartError> {
-    match &config.agent {
-        Agent::Path(path) => Ok(path.clone()),
-        Agent::Cached => Ok(assets(config)?.agent()),
+/// The agent and where it is.
+pub(super) fn open_agent(config: &VmConfig) -> Result<(PathBuf, File), StartError> {
+    let path = match &config.agent {
+        Agent::Path(path) => path.clone(),
+        Agent::Cached => assets(config)?.agent(),
+    };
+    let file = open(&path, StartError::agent_missing)?;
+    Ok((path, file))
+}
+
+/// What names the content of a root filesystem; reads it all if nobody has said.
+pub(super) fn root_digest(root: &GuestRoot) -> Result<String, StartError> {
+    if let Some(digest) = &root.digest {
+        return Ok(digest.clone());
     }
+    let files = open_all(&root.files)?;
+    let unreadable = |source| StartError::Unreadable { path: root.files.first().cloned().unwrap_or_default(), source };
+    digest_of(&files).map(|digest| digest.to_string()).map_err(unreadable)
+}
+
+/// The files of a guest's origin, open, to be digested when somebody asks.
+pub(super) fn provenance(root: &GuestRoot, config: &VmConfig) -> Result<Provenance, StartError> {
+    let files = Files {
+        root: open_all(&root.files)?,
+        root_digest: root.digest.clone(),
+        kernel: Some(open_kernel(config)?.1),
+        agent: Some(open_agent(config)?.1),
+    };
+    Ok(Provenance::of(files))
+}
+
+fn open_all(paths: &[PathBuf]) -> Result<Vec<File>, StartError> {
+    let open =
+        |path: &PathBuf| File::open(path).map_err(|source| StartError::Unreadable { path: path.clone(), source });
+    paths.iter().map(open).collect()
 }
 
 fn assets(config: &VmConfig) -> Result<Assets, StartError> {
@@ -142,11 +195,13 @@ fn open(path: &Path, missing: fn(PathBuf) -> StartError) -> Result<File, StartEr
     })
 }
 
-fn read_agent(path: &Path) -> Result<Vec<u8>, StartError> {
-    let unreadable = |source| StartError::Unreadable { path: path.to_owned(), source };
-    let size = open(path, StartError::agent_missing)?.metadata().map_err(unreadable)?.len();
-    if size > AGENT_MAX {
+fn read_agent(path: &Path, file: File) -> Result<Vec<u8>, StartError> {
+    let mut agent = Vec::new();
+    // A byte more than may be there tells one that is too large.
+    let read = file.take(AGENT_MAX + 1).read_to_end(&mut agent);
+    read.map_err(|source| StartError::Unreadable { path: path.to_owned(), source })?;
+    if agent.len() as u64 > AGENT_MAX {
         return Err(StartError::Config("the agent is too large for an initramfs"));
     }
-    fs::read(path).map_err(unreadable)
+    Ok(agent)
 }

@@ -29,7 +29,7 @@ impl Vm {
     /// # Ok(()) }
     /// ```
     pub fn workload(&self) -> WorkloadBuilder {
-        let ImageCommand { argv, stop_signal } = self.command.clone();
+        let ImageCommand { argv, stop_signal } = self.template.command.clone();
         let workload = WorkloadBuilder::for_link(self.agent.clone()).argv(argv);
         match stop_signal {
             Some(number) => workload.stop_signal(number),

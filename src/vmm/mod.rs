@@ -8,10 +8,12 @@ pub mod boot;
 pub mod bus;
 pub mod console;
 pub mod devices;
+mod freeze;
 mod machine;
 mod pause;
 mod state;
 mod vcpu_thread;
 
+pub use freeze::Frozen;
 pub use machine::{Machine, MachineConfig, MachineEnd, MachineError};
-pub use state::{MACHINE_STATE_VERSION, MachineState, PauseError, RestoreError, SaveError};
+pub use state::{FreezeError, MACHINE_STATE_VERSION, MachineState, PauseError, RestoreError, SaveError};

@@ -11,6 +11,7 @@ use super::machine::MachineError;
 use crate::hv::HvError;
 use crate::hv::state::IrqChipState;
 use crate::hv::state::VcpuState;
+use crate::mem::RamError;
 use crate::units::Bytes;
 
 /// The version of [`MachineState`] that this library writes, and the only one that it restores. It changes with the
@@ -67,6 +68,24 @@ pub enum SaveError {
     /// The engine refused.
     #[error("the engine cannot save the machine")]
     Hv(#[from] HvError),
+}
+
+/// Why a machine could not be kept as it is. It goes on as it was, if it has not ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FreezeError {
+    /// It did not come to rest.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// Its state could not be taken.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// Its memory could not be copied.
+    #[error("guest memory")]
+    Memory(#[from] RamError),
+    /// The runtime is shutting down.
+    #[error("the runtime is shutting down")]
+    Shutdown,
 }
 
 /// Why a machine could not be restored. Nothing is left running.

@@ -55,6 +55,8 @@ pub struct Collected {
     pub blobs: u64,
     /// Files made from layers.
     pub derived: u64,
+    /// Snapshots that were baked from images.
+    pub baked: u64,
     /// Names of images that are not here any more, and what killed processes left.
     pub debris: u64,
     /// What all of it took on disk, in bytes.
@@ -225,6 +227,8 @@ impl ImageStore {
         let is_needed = |name: &str| digest_of(name).is_some_and(|digest| needed.contains(&digest));
         (removed.blobs, removed.bytes) = add(sweep(&self.blobs(), is_needed)?, removed.bytes);
         (removed.derived, removed.bytes) = add(sweep(&self.derived(), is_needed)?, removed.bytes);
+        let (baked, bytes) = self.collect_baked(|image| needed.contains(image))?;
+        (removed.baked, removed.bytes) = add((baked, bytes), removed.bytes);
         removed.debris += self.sweep_debris()?;
         tracing::debug!(?removed, "collected");
         Ok(removed)
@@ -233,7 +237,7 @@ impl ImageStore {
     /// Removes what killed processes left; how many files. Blocking.
     pub(super) fn sweep_debris(&self) -> Result<u64, StoreError> {
         let mut removed = 0;
-        for folder in [self.blobs(), self.derived(), self.references(), self.leases()] {
+        for folder in [self.blobs(), self.derived(), self.references(), self.leases(), self.baked(), self.digests()] {
             removed += AtomicFile::sweep(&folder).map_err(StoreError::io(&folder))?;
         }
         let claims = self.claims();
@@ -341,7 +345,7 @@ impl Sizes {
 }
 
 /// The digest at the front of the name of a blob or of a file made from layers.
-fn digest_of(name: &str) -> Option<Digest> {
+pub(super) fn digest_of(name: &str) -> Option<Digest> {
     format!("sha256:{}", name.get(..64)?).parse().ok()
 }
 

@@ -4,6 +4,8 @@
 //! <store>/blobs/sha256/<hex>          a blob; its content had this digest when it was written
 //! <store>/blobs/sha256/.tmp-<random>  a blob being written (see `atomic_file`)
 //! <store>/derived/<hex>-<what>         made from layers: <hex> is a diff id or a chain id; see `rootfs`
+//! <store>/baked/...                   snapshots that were baked from images (see `baked`)
+//! <store>/digests/<hex>               the digest of a file elsewhere (see `file_digests`)
 //! <store>/leases/.tmp-<random>        what is in use (see `lease`)
 //! <store>/claims/<hex>                who does which work (see `lock`)
 //! <store>/lock                        whether garbage is being collected
@@ -14,7 +16,9 @@
 //! a crash at any instant leaves a store that opens. Several processes may share a store: writers
 //! of the same blob write the same bytes, and the last rename wins.
 
+mod baked;
 mod collect;
+mod file_digests;
 mod lease;
 mod lock;
 mod quota;
@@ -178,7 +182,7 @@ impl ImageStore {
 
     fn open_blocking(root: PathBuf, options: StoreOptions) -> Result<Self, StoreError> {
         let store = Self { root: root.into(), quota: options.quota };
-        for folder in [store.blobs(), store.derived(), store.references(), store.leases(), store.claims()] {
+        for folder in [store.blobs(), store.derived(), store.references(), store.leases(), store.claims(), store.baked(), store.digests()] {
             fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
         }
         store.sweep_debris()?;

@@ -77,7 +77,7 @@ impl ImageStore {
                 used += entry.and_then(|entry| entry.metadata()).map(|meta| occupied(&meta)).unwrap_or(0);
             }
         }
-        Ok(used)
+        Ok(used + self.baked_size()?)
     }
 }
 

@@ -1,0 +1,104 @@
+//! A machine at one instant, kept while the machine goes on: what clones and snapshots are made from.
+
+use std::sync::Arc;
+
+use super::Machine;
+use super::MachineError;
+use super::state::FreezeError;
+use super::state::MachineState;
+use super::state::RestoreError;
+use crate::block::BlockBackend;
+use crate::hv::Hypervisor;
+use crate::mem::GuestRam;
+use crate::mem::MemoryImage;
+use crate::mem::RamError;
+
+/// A machine's state with its memory, at one instant. Cheap to clone; machines made from it share the memory that they
+/// do not write.
+#[derive(Clone, Debug)]
+pub struct Frozen {
+    state: Arc<MachineState>,
+    memory: MemoryImage,
+}
+
+impl Frozen {
+    /// The machine's state.
+    #[must_use]
+    pub fn state(&self) -> &MachineState {
+        &self.state
+    }
+
+    /// The memory, mapped copy-on-write.
+    ///
+    /// # Errors
+    /// [`RamError`] when the host refuses.
+    pub fn map_memory(&self) -> Result<GuestRam, RamError> {
+        self.memory.map()
+    }
+
+    /// A machine that goes on from here, paused; `disks` are those that the frozen one had.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing is left running then.
+    ///
+    /// # Cancel safety
+    /// Cancelled, nothing is left running.
+    pub async fn restore(
+        &self,
+        engine: &dyn Hypervisor,
+        disks: &[Arc<dyn BlockBackend>],
+    ) -> Result<Machine, RestoreError> {
+        let memory = self.map_memory().map_err(MachineError::from)?;
+        Machine::restore(engine, &self.state, memory, disks).await
+    }
+}
+
+impl Machine {
+    /// Keeps the machine as it is now. One that runs is paused for as long as it takes to save its state and to copy the
+    /// memory that it has written, and then goes on; one that is paused stays so.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; the machine goes on as it was, if it has not ended.
+    ///
+    /// # Cancel safety
+    /// Cancelled, the machine goes on as it was.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn f(mut machine: kiln::vmm::Machine, disk: std::sync::Arc<dyn kiln::block::BlockBackend>)
+    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// use kiln::hv::soft::Soft;
+    /// let frozen = machine.freeze().await?;
+    /// let mut twin = frozen.restore(&Soft::new(), &[disk]).await?;
+    /// twin.resume();
+    /// # Ok(()) }
+    /// ```
+    pub async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
+        let stopped = Stopped { goes_on: !self.is_paused(), machine: self };
+        stopped.machine.pause().await?;
+        let state = Arc::new(stopped.machine.save().await?);
+        let memory = Arc::clone(stopped.machine.memory());
+        let copying = tokio::task::spawn_blocking(move || memory.freeze());
+        match copying.await {
+            Ok(memory) => Ok(Frozen { state, memory: memory? }),
+            Err(join) => match join.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(FreezeError::Shutdown),
+            },
+        }
+    }
+}
+
+/// Lets the machine go on when it is dropped, if it ran.
+struct Stopped<'a> {
+    machine: &'a mut Machine,
+    goes_on: bool,
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        if self.goes_on {
+            self.machine.resume();
+        }
+    }
+}
