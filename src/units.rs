@@ -59,3 +59,14 @@ pub struct VcpuId(pub u8);
 /// A global system interrupt: an input of the interrupt controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Gsi(pub u32);
+
+/// A moment, by the host's wall clock and by a guest's time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestTime {
+    /// The host's clock.
+    pub at: std::time::SystemTime,
+    /// What the guest's counter showed.
+    pub ticks: u64,
+    /// The counter's ticks in a second.
+    pub hz: u64,
+}

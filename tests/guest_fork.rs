@@ -71,8 +71,11 @@ async fn clones_go_on_from_the_same_instant_each_by_itself() {
     let vm = boot().await;
     sh(&vm, COUNTER).await;
     // A pipe with something in it and both ends open, in a process that waits.
-    sh(&vm, "mkfifo /tmp/go; (echo kept; read x < /tmp/go; echo $x) 2>/dev/null | (read a; read b; echo $a $b > /tmp/out) &
-        echo parent > /dev/shm/who")
+    sh(
+        &vm,
+        "mkfifo /tmp/go; (echo kept; read x < /tmp/go; echo $x) 2>/dev/null | (read a; read b; echo $a $b > /tmp/out) &
+        echo parent > /dev/shm/who",
+    )
     .await;
     let before = count(&vm).await;
     let clones = vm.fork(5).await.expect("clones");
@@ -80,7 +83,10 @@ async fn clones_go_on_from_the_same_instant_each_by_itself() {
     for (n, clone) in clones.iter().enumerate() {
         assert!(count(clone).await >= before);
         counts_on(clone).await;
-        assert_eq!(sh(clone, &format!("cat /dev/shm/who; echo {n} > /dev/shm/who; echo {n} > /tmp/go")).await, "parent\n");
+        assert_eq!(
+            sh(clone, &format!("cat /dev/shm/who; echo {n} > /dev/shm/who; echo {n} > /tmp/go")).await,
+            "parent\n"
+        );
     }
     counts_on(&vm).await;
     for (n, clone) in clones.iter().enumerate() {
@@ -204,7 +210,8 @@ async fn a_snapshot_of_a_running_guest_is_of_one_instant() {
         let snapshot = vm.snapshot(folder.path().join("live")).await.expect("kept");
         snapshot.verify().expect("undamaged");
         let restored = image.restore(&snapshot, config()).await.expect("restores");
-        let seen = sh(&restored, "kill -STOP $(cat /tmp/pid); cat /tmp/a; echo; cat /tmp/b; kill -CONT $(cat /tmp/pid)").await;
+        let seen =
+            sh(&restored, "kill -STOP $(cat /tmp/pid); cat /tmp/a; echo; cat /tmp/b; kill -CONT $(cat /tmp/pid)").await;
         let numbers: Vec<u64> = seen.split_whitespace().map(|word| word.parse().expect("a number")).collect();
         // A file that is being written anew is empty.
         if let [a, b] = numbers[..] {
@@ -225,12 +232,17 @@ async fn a_snapshot_of_a_running_guest_is_of_one_instant() {
 async fn a_snapshot_belongs_to_its_image() {
     let folder = tempfile::tempdir().expect("a folder");
     let (_place, image) = busybox_image(json!({})).await;
-    let (_elsewhere, other) = guest::image_of(&image_support::LayerBlob::plain(
-        image_support::Tar::new().file("other", b"file").finish()), json!({})).await;
+    let (_elsewhere, other) = guest::image_of(
+        &image_support::LayerBlob::plain(image_support::Tar::new().file("other", b"file").finish()),
+        json!({}),
+    )
+    .await;
     let vm = image.start(config()).await.expect("starts");
     let snapshot = vm.snapshot(folder.path().join("one")).await.expect("kept");
     let error = other.restore(&snapshot, config()).await.expect_err("is of another image");
-    let kiln::StartError::Snapshot(kiln::snapshot::SnapshotError::Origin { what, .. }) = &error else { panic!("{error:?}") };
+    let kiln::StartError::Snapshot(kiln::snapshot::SnapshotError::Origin { what, .. }) = &error else {
+        panic!("{error:?}")
+    };
     assert_eq!(*what, "root image");
     assert!(image.restore(&snapshot, config()).await.is_ok());
 }

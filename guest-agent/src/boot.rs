@@ -24,6 +24,7 @@ use rustix::fs::OFlags;
 use rustix::mount::MountFlags;
 
 use crate::files;
+use crate::renew;
 use crate::sys::net;
 use crate::workdir;
 
@@ -110,8 +111,10 @@ pub(crate) fn settle_in(config: &GuestConfig) -> Vec<BootError> {
         attempt(write_etc("resolv.conf", text));
     }
     if !Path::new("/etc/hosts").exists() {
-        let name = &config.hostname;
-        attempt(write_etc("hosts", &format!("127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost\n")));
+        attempt(write_etc("hosts", &renew::hosts(&config.hostname)));
+    }
+    if let Some(id) = &config.machine_id {
+        attempt(renew::write_machine_id(id).step("machine-id"));
     }
     // Where it cannot be made, commands fail to enter it, and say so; those that name another one run.
     attempt(workdir::make(Path::new("/"), Path::new(&config.workdir)).step("creating the working directory"));

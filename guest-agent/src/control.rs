@@ -1,18 +1,17 @@
 //! CONTROL actions: one question, one answer. Those that open a stream are [`crate::session`]'s.
 
 use std::fs;
-use std::io;
 
 use kiln_wire::PROTOCOL;
 use kiln_wire::control::Control;
 use kiln_wire::control::ControlAck;
 use kiln_wire::control::feature;
 use kiln_wire::request::Request;
-use rustix::time::ClockId;
-use rustix::time::Timespec;
 
+use crate::clock;
 use crate::files;
 use crate::refusal::Refusal;
+use crate::renew::Renewal;
 use crate::server::Shared;
 use crate::uploads::Chunk;
 use crate::workload;
@@ -38,7 +37,11 @@ pub(crate) fn act(action: Control, shared: &mut Shared) -> Result<ControlAck, Re
             return Ok(ControlAck { data_b64, total_len, ..ControlAck::done() });
         }
         Control::SyncTime { host_unix_ns } => {
-            set_clock(host_unix_ns).map_err(|error| Refusal::system("setting the clock", &error))?;
+            clock::set(host_unix_ns, None).map_err(|error| Refusal::system("setting the clock", &error))?;
+        }
+        Control::Renew { host_unix_ns, tsc, entropy_b64, hostname, machine_id } => {
+            Renewal { host_unix_ns, tsc, entropy_b64, hostname, machine_id }.make()?;
+            return Ok(probe());
         }
         Control::Sync => rustix::fs::sync(),
         Control::DropVfsCaches => {
@@ -51,13 +54,6 @@ pub(crate) fn act(action: Control, shared: &mut Shared) -> Result<ControlAck, Re
 }
 
 fn probe() -> ControlAck {
-    let features = [feature::STARTED, feature::STREAMS, feature::WORKLOAD].map(str::to_owned).to_vec();
+    let features = [feature::STARTED, feature::STREAMS, feature::WORKLOAD, feature::RENEW].map(str::to_owned).to_vec();
     ControlAck { protocol: Some(PROTOCOL), features, ..ControlAck::done() }
-}
-
-fn set_clock(unix_ns: u64) -> io::Result<()> {
-    let seconds = i64::try_from(unix_ns / 1_000_000_000).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let nanoseconds = i64::try_from(unix_ns % 1_000_000_000).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let now = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
-    Ok(rustix::time::clock_settime(ClockId::Realtime, now)?)
 }

@@ -10,6 +10,7 @@
 
 mod backlog;
 mod boot;
+mod clock;
 mod control;
 mod files;
 mod helper;
@@ -21,6 +22,7 @@ mod poll;
 mod process;
 mod refusal;
 mod relay;
+mod renew;
 mod server;
 mod session;
 mod sys;

@@ -56,8 +56,12 @@ impl AgentInfo {
 /// # Cancel safety
 /// Cancel safe.
 pub async fn probe(connector: &dyn Connector, deadline: Duration) -> Result<AgentInfo, ExecError> {
-    let ack = control(connector, &Control::Probe, deadline).await?;
-    let no_version = || ExecError::Protocol { detail: "probe answered without a version".to_owned() };
+    info(&control(connector, &Control::Probe, deadline).await?)
+}
+
+/// What an agent says of itself in its answer to `probe` or `renew`.
+pub(super) fn info(ack: &ControlAck) -> Result<AgentInfo, ExecError> {
+    let no_version = || ExecError::Protocol { detail: "the agent answered without a version".to_owned() };
     let protocol = ack.protocol.ok_or_else(no_version)?;
     let has = |feature| ack.features.iter().any(|found| found == feature);
     Ok(AgentInfo {

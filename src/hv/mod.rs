@@ -63,6 +63,15 @@ pub struct VmSpec {
     pub vcpus: NonZeroU8,
 }
 
+/// A reading of a guest's time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeStamp {
+    /// What it shows.
+    pub ticks: u64,
+    /// Its ticks in a second.
+    pub hz: u64,
+}
+
 /// Why [`Vcpu::run`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -127,6 +136,12 @@ pub trait HvVm: Debug + Send + Sync {
 
     /// Lets time go on from where it stood, without a jump. Idempotent.
     fn start_time(&self) {}
+
+    /// The guest's time stamp counter now, the same on all vCPUs; `None` by an engine that cannot tell while the guest
+    /// runs.
+    fn time_stamp(&self) -> Option<TimeStamp> {
+        None
+    }
 }
 
 /// A vCPU that has not met its thread yet.

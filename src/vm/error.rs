@@ -11,8 +11,8 @@ use crate::hv::HvError;
 use crate::image::{Digest, Platform, StoreError};
 use crate::rootfs::RootfsError;
 use crate::snapshot::SnapshotError;
-use crate::vmm::{FreezeError, MachineError, RestoreError};
 use crate::vmm::boot::ElfError;
+use crate::vmm::{FreezeError, MachineError, RestoreError};
 
 /// Why a VM did not start. Nothing of it is left running then.
 #[derive(Debug, thiserror::Error)]

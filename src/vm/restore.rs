@@ -11,6 +11,7 @@ use super::template::Provenance;
 use super::template::Template;
 use crate::exec;
 use crate::exec::AgentInfo;
+use crate::exec::Renewal;
 use crate::image::Image;
 use crate::image::run_blocking;
 use crate::snapshot::Snapshot;
@@ -83,8 +84,8 @@ async fn go_on(mut machine: Machine, template: Arc<Template>, identity: &Identit
 
 /// The one message that a restored guest gets before all others. Its answer says that the agent is alive.
 async fn renew(machine: &Machine, template: &Template, identity: &Identity) -> Result<AgentInfo, StartError> {
-    exec::sync_time(machine.connector(), template.answer).await.map_err(|source| StartError::Agent { source, console: vec![] })?;
-    let answer = exec::wait_ready(machine.connector(), template.answer);
+    let renewal = Renewal::new(machine.guest_time()).hostname(&identity.hostname).machine_id(&identity.machine_id);
+    let answer = exec::renew(machine.connector(), renewal, template.answer);
     start::unless_ended(machine, template.answer, answer).await
 }
 

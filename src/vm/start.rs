@@ -126,6 +126,7 @@ pub(super) fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
     let defaults = GuestConfig::default();
     GuestConfig {
         hostname: config.hostname.clone().or_else(|| root.hostname.clone()).unwrap_or(defaults.hostname),
+        machine_id: config.machine_id.clone(),
         resolv_conf: config.resolv_conf.clone(),
         env: root.env.clone(),
         workdir: root.workdir.clone(),

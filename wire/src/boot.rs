@@ -16,6 +16,9 @@ pub const DEFAULT_HOSTNAME: &str = "kiln";
 pub struct GuestConfig {
     /// The guest's host name.
     pub hostname: String,
+    /// The content of `/etc/machine-id`; the image's own file stays when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
     /// The content of `/etc/resolv.conf`; the image's own file stays when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolv_conf: Option<String>,
@@ -38,6 +41,7 @@ impl Default for GuestConfig {
     fn default() -> Self {
         Self {
             hostname: DEFAULT_HOSTNAME.to_owned(),
+            machine_id: None,
             resolv_conf: None,
             env: Vec::new(),
             workdir: "/".to_owned(),

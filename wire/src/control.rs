@@ -129,6 +129,23 @@ pub enum Control {
         /// Nanoseconds since the Unix epoch.
         host_unix_ns: u64,
     },
+    /// Tells a guest that goes on from a snapshot, or as a clone, what has changed since: the first message to it. All of it is
+    /// checked before any of it is done.
+    Renew {
+        /// Nanoseconds since the Unix epoch.
+        host_unix_ns: u64,
+        /// What the guest's time stamp counter showed at that moment, so that the message's way does not count.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tsc: Option<TimeStamp>,
+        /// 32 to 512 random bytes that no other guest gets, in standard base64.
+        entropy_b64: String,
+        /// The host name; as it was when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hostname: Option<String>,
+        /// The content of `/etc/machine-id`, 32 lowercase hexadecimal digits; as it was when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        machine_id: Option<String>,
+    },
     /// Writes dirty file data back.
     Sync,
     /// Drops the page cache, dentries and inodes that nobody uses.
@@ -155,6 +172,15 @@ impl Control {
     }
 }
 
+/// A reading of a time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimeStamp {
+    /// What it showed.
+    pub ticks: u64,
+    /// Its ticks in a second.
+    pub hz: u64,
+}
+
 /// What an agent can do beyond the first edition of the protocol, as `probe` reports it.
 pub mod feature {
     /// It answers `started` in a REQUEST.
@@ -163,6 +189,8 @@ pub mod feature {
     pub const STREAMS: &str = "streams";
     /// It owns a workload: the actions `workload_start`, `workload_logs` and `workload_wait`, and `signal` reaches it.
     pub const WORKLOAD: &str = "workload";
+    /// It does `renew`, and answers it as it does `probe`.
+    pub const RENEW: &str = "renew";
 }
 
 /// The answer to a [`Control`].
@@ -176,10 +204,10 @@ pub struct ControlAck {
     /// Why not, as Linux numbers its errors, where the system refused it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub errno: Option<i32>,
-    /// Of `probe`: the protocol's version.
+    /// Of `probe` and `renew`: the protocol's version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u32>,
-    /// Of `probe`: what the agent can do beyond it, see [`feature`].
+    /// Of `probe` and `renew`: what the agent can do beyond it, see [`feature`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<String>,
     /// Of `signal` and the actions of the workload: the main process, which leads its group.

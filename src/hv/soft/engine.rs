@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::hv::state::IrqChipState;
-use crate::hv::{HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, Vcpu, VcpuSeed, VmSpec};
+use crate::hv::{HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, TimeStamp, Vcpu, VcpuSeed, VmSpec};
 use crate::mem::GuestRam;
 use crate::units::{Gsi, VcpuId};
 
 use super::apic::{Bus, IoApic, Lapic};
-use super::clock::Clock;
+use super::clock::{Clock, TSC_HZ};
 use super::cpu::Cpu;
 use super::cpuid::PROFILE;
 use super::mailbox::Mailbox;
@@ -112,6 +112,10 @@ impl HvVm for SoftVm {
 
     fn start_time(&self) {
         self.clock.start();
+    }
+
+    fn time_stamp(&self) -> Option<TimeStamp> {
+        Some(TimeStamp { ticks: self.clock.tsc(), hz: TSC_HZ })
     }
 }
 

@@ -182,7 +182,15 @@ impl ImageStore {
 
     fn open_blocking(root: PathBuf, options: StoreOptions) -> Result<Self, StoreError> {
         let store = Self { root: root.into(), quota: options.quota };
-        for folder in [store.blobs(), store.derived(), store.references(), store.leases(), store.claims(), store.baked(), store.digests()] {
+        for folder in [
+            store.blobs(),
+            store.derived(),
+            store.references(),
+            store.leases(),
+            store.claims(),
+            store.baked(),
+            store.digests(),
+        ] {
             fs::create_dir_all(&folder).map_err(StoreError::io(&folder))?;
         }
         store.sweep_debris()?;
