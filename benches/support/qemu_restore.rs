@@ -153,7 +153,7 @@ impl Saved {
         let port = free_port();
         let mut command = self.command(true, port);
         let incoming = if self.memory == Memory::Mapped { "defer" } else { "fd:0" };
-        command.args(["-incoming", incoming]).stdin(file);
+        command.args(["-serial", "null", "-incoming", incoming]).stdin(file);
         let started = Instant::now();
         let guest = Guest { process: spawn(&mut command) };
         let mut control = Control::open(&self.file("control"));
