@@ -59,7 +59,7 @@ async fn main() {
     let mut yardsticks = ["qemu, migration file", "qemu, mapped memory"].map(Sample::new);
     for saved in &saved {
         support::note(&format!("QEMU's migration file: {} KiB", saved.size() >> 10));
-        saved.restore(baked.agent.clone()).await;
+        saved.restore(baked.agent).await;
     }
 
     let (mut resumed, mut answered) = (Sample::new("kiln, resumed"), Sample::new("kiln, first byte"));
@@ -72,7 +72,7 @@ async fn main() {
         answered.add(times.answered);
         if round % QEMU_EVERY == 0 {
             for (saved, sample) in saved.iter().zip(&mut yardsticks) {
-                sample.add(saved.restore(baked.agent.clone()).await.1);
+                sample.add(saved.restore(baked.agent).await.1);
             }
         }
     }
@@ -138,7 +138,7 @@ impl Baked {
         let mut machine = snapshot.restore(&Soft::new(), &disks(&self.root)).await.expect("restores");
         machine.resume();
         let resumed = started.elapsed();
-        let exec = ExecBuilder::over(Arc::new(machine.connector().clone())).agent(self.agent.clone());
+        let exec = ExecBuilder::over(Arc::new(machine.connector().clone())).agent(self.agent);
         support::first_byte(exec).await;
         let answered = started.elapsed();
         machine.stop();
