@@ -6,12 +6,17 @@
 #![allow(clippy::print_stdout, reason = "a benchmark reports to its terminal")]
 
 pub(crate) mod agent;
+pub(crate) mod cache;
 pub(crate) mod image;
 pub(crate) mod qemu;
+pub(crate) mod qemu_restore;
 
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
+
+use kiln::ExecBuilder;
+use tokio::io::AsyncReadExt;
 
 /// The guest kernel, built or found by the repository's own task.
 pub(crate) fn kernel() -> PathBuf {
@@ -36,6 +41,13 @@ fn xtask(task: &str) -> PathBuf {
     PathBuf::from(String::from_utf8(output.stdout).expect("paths here are UTF-8").trim_end())
 }
 
+/// Runs `/bin/echo x`, up to the first byte of what it prints.
+pub(crate) async fn first_byte(exec: ExecBuilder) {
+    let mut child = exec.argv(["/bin/echo", "x"]).spawn().await.expect("the agent answers");
+    let byte = child.stdout.take().expect("piped").read_u8().await.expect("a byte");
+    assert_eq!(byte, b'x');
+}
+
 /// Times of one subject.
 #[derive(Debug)]
 pub(crate) struct Sample {
@@ -56,6 +68,11 @@ impl Sample {
     pub(crate) fn median(&self) -> Duration {
         self.times[self.times.len() / 2]
     }
+
+    /// The time that 99 of 100 rounds stay within; the slowest where there are fewer.
+    pub(crate) fn p99(&self) -> Duration {
+        self.times[(self.times.len() * 99).div_ceil(100) - 1]
+    }
 }
 
 /// Prints a line per subject: median, fastest, slowest, and the median against that of the fastest yardstick.
@@ -68,6 +85,18 @@ pub(crate) fn report(title: &str, subject: &Sample, yardsticks: &[Sample]) {
         let [median, fastest, slowest] =
             [sample.median(), sample.times[0], sample.times[sample.times.len() - 1]].map(milliseconds);
         println!("{:<24}{median:>12}{fastest:>12}{slowest:>12}{ratio:>12.2}", sample.name);
+    }
+}
+
+/// Prints a line per subject: median, 99th percentile, fastest, slowest and the number of rounds.
+pub(crate) fn report_tail(title: &str, samples: &[&Sample]) {
+    println!("{title}");
+    println!("{:<24}{:>12}{:>12}{:>12}{:>12}{:>8}", "", "p50", "p99", "fastest", "slowest", "rounds");
+    for sample in samples {
+        let rounds = sample.times.len();
+        let [p50, p99, fastest, slowest] =
+            [sample.median(), sample.p99(), sample.times[0], sample.times[rounds - 1]].map(milliseconds);
+        println!("{:<24}{p50:>12}{p99:>12}{fastest:>12}{slowest:>12}{rounds:>8}", sample.name);
     }
 }
 
