@@ -124,6 +124,11 @@ fn a_sound_workload_keeps_every_case() {
 }
 
 #[test]
+fn a_renewal_that_is_not_checked_is_noticed() {
+    seen(Fault::RenewsAnything, "A133");
+}
+
+#[test]
 fn a_second_workload_beside_the_first_is_noticed() {
     seen_beside(Fault::Workload, Fault::StartsTwice, "A119");
 }

@@ -7,6 +7,7 @@ mod failing;
 mod files;
 mod flow;
 mod framing;
+mod renew;
 mod request;
 mod started;
 mod stdio;
@@ -42,6 +43,7 @@ const GROUPS: &[&[Case<Subject>]] = &[
     streams::CASES,
     tars::CASES,
     workload::CASES,
+    renew::CASES,
 ];
 
 /// All cases, in the order of their numbers.

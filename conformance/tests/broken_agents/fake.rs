@@ -53,6 +53,8 @@ pub(crate) enum Fault {
     OtherProtocol,
     PromisesStreams,
     PromisesWorkload,
+    /// Does what it is told by `renew`, whatever that is.
+    RenewsAnything,
     /// None: it serves the workload as it should.
     Workload,
     StartsTwice,
@@ -157,12 +159,14 @@ impl Connection {
         let promised = match self.fault {
             Fault::PromisesStreams => vec!["streams".to_owned()],
             Fault::PromisesWorkload => vec!["workload".to_owned()],
+            Fault::RenewsAnything => vec!["renew".to_owned()],
             fault if fault.has_workload() => vec!["workload".to_owned()],
             _ => Vec::new(),
         };
         let protocol = if self.fault == Fault::OtherProtocol { 4 } else { 5 };
         let ack = match serde_json::from_slice(payload) {
             Ok(Control::Probe) => ControlAck { protocol: Some(protocol), features: promised, ..ControlAck::done() },
+            Ok(Control::Renew { .. }) if self.fault == Fault::RenewsAnything => ControlAck::done(),
             Ok(action) => match self.fault.has_workload().then(|| self.workload.act(&action, self.fault)).flatten() {
                 Some(done) => return done,
                 None => ControlAck::refused("unknown CONTROL action"),
