@@ -15,12 +15,14 @@ mod driver;
 mod error;
 mod files;
 mod image_start;
+mod remote;
 mod start;
 mod workload;
 
 pub use assets::Assets;
 pub use config::{Agent, GuestRoot, Kernel, VmConfig};
 pub use error::{ShutdownError, StartError, VmEnd};
+pub(crate) use remote::Remote;
 
 use std::io;
 use std::path::PathBuf;
@@ -147,5 +149,9 @@ impl Vm {
             // The driver's runtime was shut down around it, and the machine with it.
             _ => VmEnd::Stopped,
         }
+    }
+    /// Sees and causes this VM's end without keeping it alive.
+    pub(crate) fn remote(&self) -> Remote {
+        Remote::new(&self.driver)
     }
 }
