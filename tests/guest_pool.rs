@@ -23,6 +23,9 @@ use kiln::units::Bytes;
 use kiln::vm::Kernel;
 use serde_json::json;
 
+/// Long for a user who is asked to go, short for a test in which nobody goes.
+const GRACE: Duration = Duration::from_millis(200);
+
 fn config() -> VmConfig {
     guest::config().memory(Bytes::mib(128))
 }
@@ -58,7 +61,7 @@ async fn a_user_finds_nothing_of_the_one_before() {
 #[tokio::test]
 async fn without_restoring_a_user_finds_what_the_one_before_left() {
     let (_place, image) = busybox_image(json!({})).await;
-    let pool = pool(&image).min(1).max(1).restore_on_release(false).build().await.unwrap();
+    let pool = pool(&image).min(1).max(1).restore_on_release(false).shutdown_grace(GRACE).build().await.unwrap();
     let vm = pool.acquire().await.unwrap();
     sh(&vm, "echo here > /tmp/mine; setsid sleep 1000 > /dev/null 2>&1 &").await;
     drop(vm);

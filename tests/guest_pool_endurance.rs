@@ -42,9 +42,7 @@ impl Held {
     }
 
     fn is_back_at(&self, before: &Self) -> bool {
-        self.files <= before.files
-            && self.threads <= before.threads
-            && self.memory <= before.memory + MEMORY_BOUND
+        self.files <= before.files && self.threads <= before.threads && self.memory <= before.memory + MEMORY_BOUND
     }
 }
 
