@@ -107,7 +107,7 @@ fn a_builder_that_is_cancelled_leaves_nothing() {
 fn an_idle_one_is_handed_out_at_once_and_replaced_when_it_comes_back() {
     paused(async {
         let (world, core) = open(RULES).await;
-        let lease = core.acquire().now_or_never().expect("at once").ok().expect("there are two");
+        let lease = core.acquire().now_or_never().expect("at once").expect("there are two");
         let first = lease.get().number();
         assert_eq!(now(core.stats()), (1, 0, 1, 0));
         settle().await;
@@ -130,13 +130,13 @@ fn an_idle_one_is_handed_out_at_once_and_replaced_when_it_comes_back() {
 fn reused_it_goes_to_the_next() {
     paused(async {
         let (world, core) = open(Settings { min: 1, max: 1, reuse: true, ..RULES }).await;
-        let lease = core.acquire().await.ok().expect("idle");
+        let lease = core.acquire().await.expect("idle");
         let number = lease.get().number();
         let next = core.acquire();
         tokio::pin!(next);
         assert!((&mut next).now_or_never().is_none());
         drop(lease);
-        let lease = next.await.ok().expect("it is free");
+        let lease = next.await.expect("it is free");
         assert_eq!((lease.get().number(), world.starts()), (number, 0));
         lease.discard();
         settle().await;
@@ -175,7 +175,7 @@ fn the_queue_is_served_in_order_and_each_waiter_has_one_start() {
         for _ in 0..3 {
             world.start_ends(true);
             settle().await;
-            leases.push(queue.remove(0).now_or_never().expect("its turn").ok().expect("a lease"));
+            leases.push(queue.remove(0).now_or_never().expect("its turn").expect("a lease"));
             assert!(queue.iter_mut().all(|acquire| acquire.now_or_never().is_none()));
         }
         assert_eq!(now(core.stats()), (0, 0, 3, 0));
@@ -197,7 +197,7 @@ fn what_was_on_its_way_to_one_who_left_goes_to_the_next_as_fresh_as_it_was() {
         drop(queue.remove(0));
         settle().await;
         assert_eq!((core.stats().waiting, core.stats().discarded), (1, 0));
-        let lease = queue.remove(0).now_or_never().expect("the same").ok().expect("a lease");
+        let lease = queue.remove(0).now_or_never().expect("the same").expect("a lease");
         assert_eq!((world.made(), core.stats().handed_out), (1, 1));
         drop(lease);
         settle().await;
