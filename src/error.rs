@@ -3,6 +3,7 @@
 use crate::exec::ExecError;
 use crate::files::FileError;
 use crate::image::{CustomizeError, ImportError, LayoutError, PullError, StoreError};
+use crate::pool::{AcquireError, PoolError};
 use crate::rootfs::RootfsError;
 use crate::vm::{ShutdownError, StartError};
 use crate::workload::WorkloadError;
@@ -46,6 +47,12 @@ pub enum Error {
     /// A VM did not stop.
     #[error(transparent)]
     Shutdown(#[from] ShutdownError),
+    /// A pool could not be made.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// A pool had no VM to give.
+    #[error(transparent)]
+    Acquire(#[from] AcquireError),
     /// Bytes could not be moved to or from a command.
     #[error(transparent)]
     Io(#[from] std::io::Error),

@@ -34,6 +34,7 @@
 //! | [`tcp`] | TCP ports of the guest |
 //! | [`workload`] | the image's own command in the guest |
 //! | [`vm`] | a VM's life |
+//! | [`pool`] | VMs of one image that are ready before they are needed |
 //!
 //! An unoptimised build of the software processor is some thirty times slower; in a program that uses kiln put
 //! `[profile.dev.package.kiln] opt-level = 3` into its `Cargo.toml`.
@@ -50,6 +51,7 @@ pub mod files;
 pub mod hv;
 pub mod image;
 pub mod mem;
+pub mod pool;
 pub mod rootfs;
 pub mod snapshot;
 pub mod tcp;
@@ -64,6 +66,7 @@ pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExi
 pub use exec::{ExecSocket, ExecStderr, ExecStdin, ExecStdout};
 pub use files::{FileError, GuestFileReader, GuestFileWriter, GuestFiles};
 pub use image::{Image, ImportError, LayoutError, OciImageBuilder, PullError, PullPolicy};
+pub use pool::{AcquireError, Pool, PoolBuilder, PoolError, PoolStats, PooledVm};
 pub use rootfs::RootfsError;
 pub use tcp::{GuestTcpStream, TcpForwarder};
 pub use vm::{ShutdownError, StartError, Vm, VmConfig};

@@ -63,6 +63,10 @@ const _: () = {
     value::<Tls>();
     value::<Vm>();
     value::<VmConfig>();
+    value::<Pool>();
+    value::<PoolBuilder>();
+    value::<PoolStats>();
+    value::<PooledVm>();
     value::<VmEnd>();
     value::<Assets>();
     value::<GuestRoot>();
@@ -95,6 +99,8 @@ const _: () = {
     error::<ImportError>();
     error::<LayoutError>();
     error::<PullError>();
+    error::<PoolError>();
+    error::<AcquireError>();
     error::<CredentialsError>();
     error::<HelperError>();
     error::<RootfsError>();
@@ -149,6 +155,7 @@ fn operations_that_borrow_can_move_between_threads() {
     // Only compiled: what these need exists in a running guest.
     let _ = |image: &Image, vm: &Vm| {
         sendable(image.start(VmConfig::new()));
+        spawnable(image.pool().build());
         sendable(rootfs::build(image));
         spawnable(rootfs::Builder::new(image).build());
         sendable(vm.exec(["true"]));
@@ -160,6 +167,10 @@ fn operations_that_borrow_can_move_between_threads() {
         sendable(workload.stop(std::time::Duration::ZERO));
         sendable(workload.signal(1));
         sendable(workload.kill());
+    };
+    let _ = |pool: &Pool| {
+        sendable(pool.acquire());
+        sendable(pool.shutdown());
     };
     let _ = |root: &RootImage| sendable(root.write_to("root.erofs"));
     let _ = |store: &ImageStore, options: &ImportOptions| {

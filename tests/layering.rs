@@ -40,8 +40,10 @@ const LAYERS: &[(&str, &[&str])] = &[
             "workload",
         ],
     ),
+    // Many VMs of one image; what a VM is made of is none of its business.
+    ("pool", &["image", "vm"]),
     // The umbrella over the operations' errors.
-    ("error", &["image", "rootfs", "exec", "files", "workload", "vm"]),
+    ("error", &["image", "rootfs", "exec", "files", "workload", "vm", "pool"]),
 ];
 
 #[test]

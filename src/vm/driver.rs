@@ -50,6 +50,11 @@ impl DriverHandle {
         self.stop.cancel();
     }
 
+    /// Stops the machine when it is cancelled; keeps nothing alive.
+    pub(super) fn stop_token(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
     /// # Cancel safety
     /// Cancelled, it was done, or will be, or not.
     pub(super) async fn pause(&self) -> Result<(), PauseError> {

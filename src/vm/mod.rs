@@ -19,6 +19,7 @@ mod files;
 mod fork;
 mod image_start;
 mod pause;
+mod remote;
 mod restore;
 mod snapshot;
 mod start;
@@ -30,6 +31,7 @@ pub use bake::{Baked, WarmupResult};
 pub use config::{Agent, GuestRoot, Kernel, VmConfig};
 pub use error::{ShutdownError, StartError, VmEnd};
 pub use fork::ForkError;
+pub(crate) use remote::Remote;
 pub use snapshot::KeepError;
 
 use std::io;
@@ -161,5 +163,9 @@ impl Vm {
             // The driver's runtime was shut down around it, and the machine with it.
             _ => VmEnd::Stopped,
         }
+    }
+    /// Sees and causes this VM's end without keeping it alive.
+    pub(crate) fn remote(&self) -> Remote {
+        Remote::new(&self.driver)
     }
 }
