@@ -3,6 +3,7 @@
 //! It owns memory layout, boot, the port and MMIO bus, devices and the vCPU threads. It knows no
 //! images, no exec protocol and no particular engine.
 
+mod balloon;
 mod board;
 pub mod boot;
 pub mod bus;
@@ -13,5 +14,6 @@ mod pause;
 mod state;
 mod vcpu_thread;
 
+pub use balloon::GiveBackError;
 pub use machine::{Machine, MachineConfig, MachineEnd, MachineError};
 pub use state::{MACHINE_STATE_VERSION, MachineState, PauseError, RestoreError, SaveError};
