@@ -238,10 +238,7 @@ fn machine_end(end: VcpuEnd, console: &Console) -> MachineEnd {
 }
 
 /// The virtio slots in order: disks, then sockets, entropy and the balloon.
-pub(super) fn virtio_devices(
-    disks: &[Arc<dyn BlockBackend>],
-    ram: &Arc<GuestRam>,
-) -> (Vec<VirtioSlot>, HostEnds) {
+pub(super) fn virtio_devices(disks: &[Arc<dyn BlockBackend>], ram: &Arc<GuestRam>) -> (Vec<VirtioSlot>, HostEnds) {
     let mut slots: Vec<VirtioSlot> = disks
         .iter()
         .enumerate()

@@ -117,16 +117,20 @@ impl Balloon {
 /// Gives pages, ascending, back to the host, adjacent ones at once; returns how many.
 fn give_back(ram: &GuestRam, pages: &[u64]) -> u64 {
     let mut given = 0;
-    for run in pages.chunk_by(|one, next| one + PAGE_SIZE == *next) {
-        let count = run.len() as u64;
-        match run.first().map(|first| ram.give_back(*first, Bytes(count * PAGE_SIZE))) {
-            Some(Ok(())) => given += count,
+    for (first, count) in runs(pages) {
+        match ram.give_back(first, Bytes(count * PAGE_SIZE)) {
+            Ok(()) => given += count,
             // The host keeps them, and the guest has no less than it had.
-            Some(Err(error)) => tracing::warn!(pages = count, %error, "the host does not take memory back"),
-            None => {}
+            Err(error) => tracing::warn!(pages = count, %error, "the host does not take memory back"),
         }
     }
     given
+}
+
+/// Adjacent ones of ascending pages: the first, and how many.
+fn runs(pages: &[u64]) -> impl Iterator<Item = (u64, u64)> {
+    let adjacent = pages.chunk_by(|one, next| one + PAGE_SIZE == *next);
+    adjacent.filter_map(|run| run.first().map(|first| (*first, run.len() as u64)))
 }
 
 /// Takes one list of pages out; they are the guest's already.
@@ -236,5 +240,17 @@ impl BalloonControl {
     /// What both sides know now, and from now on.
     pub(in crate::vmm) fn balance(&self) -> watch::Receiver<Balance> {
         self.shared.balance.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adjacent_pages_are_one_run() {
+        let found: Vec<_> = runs(&[2, 3, 4, 9, 11, 12].map(|page| page * PAGE_SIZE)).collect();
+        assert_eq!(found, [(2 * PAGE_SIZE, 3), (9 * PAGE_SIZE, 1), (11 * PAGE_SIZE, 2)]);
+        assert_eq!(runs(&[]).count(), 0);
     }
 }

@@ -327,8 +327,7 @@ impl BusDevice for Transport {
             if let Some(config) = &self.live_config {
                 config.write(at, data);
             }
-        } else if let Ok(value) = <[u8; 4]>::try_from(data)
-        {
+        } else if let Ok(value) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(value));
         }
     }
