@@ -150,7 +150,7 @@ fn of_a_long_list_a_part_is_taken() {
     pages.extend([FIRST + 1, FIRST + 2]);
     inflate(&mut driver, &pages);
     assert!(is_empty(&driver, FIRST) && is_empty(&driver, FIRST + 1) && !is_empty(&driver, FIRST + 2));
-    // Gigabytes of the same list, by a table that names it over and over.
+    // Megabytes of the same list, by a table that names it over and over.
     let table = BUFFERS + 0x1_0000;
     for n in 0..1000 {
         driver.descriptor(table, n, (BUFFERS, 4096, if n < 999 { NEXT } else { 0 }), n + 1);
