@@ -180,6 +180,7 @@ fn operations_that_borrow_can_move_between_threads() {
     };
     let _ = |child: &mut ExecChild| sendable(child.wait());
     let _ = |machine: &mut Machine| sendable(machine.pause());
+    let _ = |machine: &mut Machine, free, deadline| sendable(machine.give_memory_back(free, deadline));
     let _ = |machine: &Machine, snapshot: &Snapshot, engine: &hv::soft::Soft| {
         sendable(machine.save());
         sendable(snapshot.restore(engine, &[]));

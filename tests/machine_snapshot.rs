@@ -23,7 +23,8 @@ use bare_machine::write_msr;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use kiln::hv::state::VcpuState;
-use kiln::vmm::{MachineEnd, MachineState, PauseError, SaveError};
+use kiln::units::Bytes;
+use kiln::vmm::{GiveBackError, MachineEnd, MachineState, PauseError, SaveError};
 
 const RBX: usize = 3;
 const R12: usize = 12;
@@ -335,6 +336,31 @@ async fn interrupts_that_are_pending_in_the_controllers_arrive_after_a_restore()
 }
 
 const SERIAL_INTERRUPTS: u32 = bare_machine::SERIAL + 1;
+
+#[tokio::test]
+async fn a_guest_that_cannot_give_memory_back_is_not_waited_for() {
+    const NEVER: Duration = Duration::MAX;
+    let mut machine = start(&busy(u32::MAX)).await;
+    // It has no driver.
+    assert_eq!(machine.give_memory_back(MEMORY, NEVER).await, Err(GiveBackError::NoDriver));
+    machine.pause().await.expect("pauses");
+    assert_eq!(machine.give_memory_back(MEMORY, NEVER).await, Err(GiveBackError::Paused));
+    machine.resume();
+    // A driver, says the state; but nothing of the guest's plays one.
+    let ram = copy(&machine);
+    machine.pause().await.expect("pauses");
+    let mut state = machine.save().await.expect("saves");
+    let balloon = state.virtio.last_mut().expect("a balloon");
+    (balloon.active, balloon.status, balloon.accepted) = (true, 15, 1 << 32);
+    for (queue, at) in balloon.queues.iter_mut().zip([0x30_0000, 0x31_0000]) {
+        (queue.ready, queue.descriptors, queue.driver, queue.device) = (true, at, at + 0x1000, at + 0x2000);
+    }
+    let mut machine = resumed(&state, ram).await;
+    assert_eq!(machine.give_memory_back(MEMORY, Duration::from_secs(1)).await, Ok(Bytes(0)));
+    machine.stop();
+    assert!(matches!(machine.ended().await, MachineEnd::Stopped));
+    assert_eq!(machine.give_memory_back(MEMORY, NEVER).await, Err(GiveBackError::Ended));
+}
 
 #[tokio::test]
 async fn pausing_and_resuming_are_idempotent_and_a_paused_machine_can_be_stopped() {

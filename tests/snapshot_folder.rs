@@ -35,9 +35,12 @@ use std::sync::Arc;
 // version, or still be read, and the golden folder stays as the proof.
 const _: () = {
     assert!(FORMAT == 1);
-    assert!(MACHINE_STATE_VERSION == 1);
+    assert!(MACHINE_STATE_VERSION == 2);
 };
-const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-1");
+/// Of the machine states that are read, by version.
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-2");
+/// Of a version that is not read any more.
+const GOLDEN_1: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-1");
 
 fn origin() -> Origin {
     Origin { root: "sha256:root".to_owned(), kernel: "sha256:kernel".to_owned(), agent: "sha256:agent".to_owned() }
@@ -230,7 +233,7 @@ async fn what_does_not_belong_together_is_refused_by_name() {
     assert!(matches!(&error, SnapshotError::Restore(RestoreError::CpuProfile { .. })), "{error}");
     let disk = Arc::new(kiln::block::FileBackend::new(tempfile::tempfile().expect("a file")).expect("a disk"));
     let error = snapshot.restore(&Soft::new(), &[disk]).await.expect_err("a disk too many");
-    assert!(matches!(&error, SnapshotError::Restore(RestoreError::Devices { wanted: 2, given: 3 })), "{error}");
+    assert!(matches!(&error, SnapshotError::Restore(RestoreError::Devices { wanted: 3, given: 4 })), "{error}");
 }
 
 #[test]
@@ -310,8 +313,8 @@ fn other_versions_are_named() {
     let one = folder.path().join("one");
     forge(&one, |manifest| manifest);
     Snapshot::open(&one).expect("a forger that changes nothing is not noticed");
-    forge(&one, state(|state| state.version = 2));
-    assert!(matches!(Snapshot::open(&one), Err(SnapshotError::Restore(RestoreError::Version { found: 2 }))));
+    forge(&one, state(|state| state.version = 3));
+    assert!(matches!(Snapshot::open(&one), Err(SnapshotError::Restore(RestoreError::Version { found: 3 }))));
     // A format of which nothing else is known.
     fs::write(one.join("snapshot.json"), r#"{"format": 7, "what": ["ever"]}"#).unwrap();
     let error = Snapshot::open(&one).expect_err("another format");
@@ -409,33 +412,42 @@ fn numbers(value: &mut Value, each: &mut dyn FnMut(&mut Value)) -> usize {
     }
 }
 
-/// The golden snapshot's place for a test: its memory is kept as its pages, since a repository keeps no holes.
-fn golden() -> (tempfile::TempDir, PathBuf) {
+/// A golden snapshot's place for a test: its memory is kept as its pages, since a repository keeps no holes.
+fn golden(kept: &str) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a folder");
     let place = folder.path().join("snapshot");
     fs::create_dir(&place).expect("made");
     for name in ["snapshot.json", "memory.sha256"] {
-        fs::copy(Path::new(GOLDEN).join(name), place.join(name)).expect("the golden snapshot is there");
+        fs::copy(Path::new(kept).join(name), place.join(name)).expect("the golden snapshot is there");
     }
     let memory = OpenOptions::new().create_new(true).write(true).open(place.join("memory")).expect("made");
     memory.set_len(MEMORY.0).expect("sized");
-    for name in names(Path::new(GOLDEN)) {
+    for name in names(Path::new(kept)) {
         if let Some(offset) = name.strip_prefix("page-") {
             let offset = u64::from_str_radix(offset, 16).expect("an offset");
-            memory.write_all_at(&fs::read(Path::new(GOLDEN).join(&name)).expect("a page"), offset).expect("writes");
+            memory.write_all_at(&fs::read(Path::new(kept).join(&name)).expect("a page"), offset).expect("writes");
         }
     }
     (folder, place)
 }
 
 #[tokio::test]
-async fn a_snapshot_of_format_1_still_opens_and_runs() {
-    let (_folder, place) = golden();
+async fn a_snapshot_of_format_1_and_a_state_of_version_2_still_opens_and_runs() {
+    let (_folder, place) = golden(GOLDEN);
     let snapshot = Snapshot::open(&place).expect("opens");
     snapshot.verify().expect("undamaged");
     snapshot.expect_origin(&origin()).expect("the same");
-    assert_eq!(snapshot.digest(), "sha256:97e1abe42423be9b76fd632bece3c9a8e0fe1f2d994fedc3059e22a8d1ea03d0");
+    assert_eq!(snapshot.digest(), "sha256:3485c1af004b2422485b99214a9e4887149d040082f06eccb26c62e6f911bcf2");
     runs_on(&snapshot).await;
+}
+
+#[test]
+fn a_state_of_version_1_is_refused_by_its_version() {
+    let (_folder, place) = golden(GOLDEN_1);
+    let error = Snapshot::open(&place).expect_err("its machine has no balloon");
+    assert!(matches!(&error, SnapshotError::Restore(RestoreError::Version { found: 1 })), "{error}");
+    let cause = std::error::Error::source(&error).map(ToString::to_string);
+    assert_eq!(cause.as_deref(), Some("a machine state of version 1, where 2 is supported"));
 }
 
 /// Makes the golden folder; run by hand when the format's version changes, never to make the test above pass.

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use vm_memory::bitmap::Bitmap as _;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -55,6 +56,9 @@ pub enum RamError {
     /// What RAM holds could not be kept.
     #[error("copying guest memory")]
     Freeze(#[source] io::Error),
+    /// The host did not take memory back.
+    #[error("giving memory back to the host")]
+    GiveBack(#[source] io::Error),
 }
 
 /// An integer the processor moves to and from memory, little endian.
@@ -369,6 +373,28 @@ impl GuestRam {
         Some(())
     }
 
+    /// Gives `len` bytes from RAM offset `offset` on back to the host, which forgets what was written there. Memory of
+    /// [`new`](Self::new) reads as zeros then, and takes room again once it is written. Memory that was mapped from
+    /// files reads as **what the files hold**, and is shared again: not as zeros. Noted in [`CodePages`] as written.
+    ///
+    /// For pages that the guest has said to be unused. Other threads may reach them meanwhile, and find the old content
+    /// or the new, page by page.
+    ///
+    /// # Errors
+    /// [`RamError::Size`] when the range is not whole pages of RAM; [`RamError::GiveBack`] with the host's reason.
+    pub fn give_back(&self, offset: RamOffset, len: Bytes) -> Result<(), RamError> {
+        let bytes = checked_len(len)?;
+        let aligned = offset.is_multiple_of(PAGE_SIZE);
+        let start = self.range(offset, len.0).filter(|_| aligned).ok_or(RamError::Size(len))?;
+        // SAFETY: `start` and `bytes` are whole pages in this mapping (`range`, `checked_len`), which stays readable and
+        // writable: only its content changes, to zeros or to the file's. Any content is valid, no Rust reference points
+        // into the mapping, and whoever reads it meanwhile does so by volatile access.
+        let given = unsafe { madvise(start.cast(), bytes, Advice::LinuxDontNeed) };
+        // Also after an error, which may have come half way.
+        self.code_pages.mark_dirty(offset as usize, bytes);
+        given.map_err(|e| RamError::GiveBack(e.into()))
+    }
+
     #[inline(always)]
     fn place<T: Scalar>(&self, offset: RamOffset) -> Option<*mut Unaligned<T>> {
         // The mapping is at least a page, so the subtraction cannot wrap.
@@ -497,6 +523,41 @@ mod tests {
             let private: Vec<u64> = (0..8).filter(|n| pages.contains(n * PAGE_SIZE)).collect();
             assert_eq!(private, [1, 6]);
         }
+    }
+
+    #[test]
+    fn memory_that_was_given_back_reads_as_it_began() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[b'f'; 4 * PAGE_SIZE as usize], 0).unwrap();
+        let anonymous = GuestRam::new(Bytes(4 * PAGE_SIZE)).unwrap();
+        let mapped = GuestRam::from_file(&file, 0, Bytes(4 * PAGE_SIZE)).unwrap();
+        for (ram, began) in [(anonymous, 0), (mapped, b'f')] {
+            ram.fill(0, b'w', 4 * PAGE_SIZE).unwrap();
+            ram.code_pages().watch(2 * PAGE_SIZE);
+            ram.give_back(PAGE_SIZE, Bytes(2 * PAGE_SIZE)).unwrap();
+            let pages = [0, 1, 2, 3].map(|n| ram.load(n * PAGE_SIZE + 7));
+            assert_eq!(pages, [b'w', began, began, b'w'].map(Some));
+            let mut written = Vec::new();
+            ram.code_pages().take_written(|page| written.push(page));
+            assert_eq!(written, [2 * PAGE_SIZE], "what was decoded from it is stale");
+            // Of no file is the page of zeros as well.
+            if let Some(private) = ram.private_pages().filter(|_| began != 0) {
+                assert!(!private.contains(PAGE_SIZE) && private.contains(0));
+            }
+            ram.store(PAGE_SIZE, 1u8).unwrap();
+            assert_eq!(ram.load(PAGE_SIZE), Some(1u8));
+        }
+    }
+
+    #[test]
+    fn only_whole_pages_of_ram_are_given_back() {
+        let ram = GuestRam::new(Bytes(4 * PAGE_SIZE)).unwrap();
+        ram.fill(0, b'w', 4 * PAGE_SIZE).unwrap();
+        let ranges = [(1, 4096), (0, 4095), (0, 0), (4096, 4 * 4096), (4 * 4096, 4096), (u64::MAX - 4095, 4096)];
+        for (offset, len) in ranges {
+            assert!(matches!(ram.give_back(offset, Bytes(len)), Err(RamError::Size(_))), "{offset:#x} {len:#x}");
+        }
+        assert!((0..4 * PAGE_SIZE).all(|at| ram.load(at) == Some(b'w')));
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! The task that owns a running machine. Handles send messages; nobody else touches it.
 //!
 //! ```text
-//!   running <--Pause, Resume, Freeze--> paused
-//!      \                                  /
-//!       +--stop, or every handle dropped-+--> stopping --vCPU thread over--> ended(Stopped)
-//!       \------------------ the guest's own end ---------------------------> ended(...)
+//!   running <--Pause, Resume, Freeze...--> paused
+//!      \                                     /
+//!       +--stop, or every handle dropped----+--> stopping --vCPU thread over--> ended(Stopped)
+//!       \------------------ the guest's own end ------------------------------> ended(...)
 //! ```
 //! Commands are done one after the other. Stopping overtakes them: the one in work is given up.
+
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
@@ -15,8 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::CONSOLE_LINES;
 use super::error::VmEnd;
+use crate::units::Bytes;
 use crate::vmm::FreezeError;
 use crate::vmm::Frozen;
+use crate::vmm::GiveBackError;
 use crate::vmm::Machine;
 use crate::vmm::MachineEnd;
 use crate::vmm::PauseError;
@@ -30,6 +34,7 @@ enum Command {
     Pause(oneshot::Sender<Result<(), PauseError>>),
     Resume(oneshot::Sender<()>),
     Freeze(oneshot::Sender<Result<Frozen, FreezeError>>),
+    GiveBack { free: Bytes, deadline: Duration, reply: oneshot::Sender<Result<Bytes, GiveBackError>> },
 }
 
 /// The machine has ended, and its driver with it.
@@ -71,6 +76,13 @@ impl DriverHandle {
     /// Cancel safe: the machine goes on.
     pub(super) async fn freeze(&self) -> Result<Frozen, FreezeError> {
         self.ask(Command::Freeze).await.unwrap_or(Err(FreezeError::Pause(PauseError::Ended)))
+    }
+
+    /// # Cancel safety
+    /// Cancel safe: the guest gives back what it was asked for, and takes it back.
+    pub(super) async fn give_memory_back(&self, free: Bytes, deadline: Duration) -> Result<Bytes, GiveBackError> {
+        let asked = self.ask(|reply| Command::GiveBack { free, deadline, reply }).await;
+        asked.unwrap_or(Err(GiveBackError::Ended))
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Gone> {
@@ -125,6 +137,9 @@ async fn serve(machine: &mut Machine, inbox: &mut mpsc::Receiver<Command>) {
             }
             Command::Freeze(reply) if reply.is_closed() => {}
             Command::Freeze(reply) => drop(reply.send(machine.freeze().await)),
+            Command::GiveBack { free, deadline, reply } => {
+                let _ = reply.send(machine.give_memory_back(free, deadline).await);
+            }
         }
     }
 }

@@ -18,6 +18,7 @@ mod error;
 mod files;
 mod fork;
 mod image_start;
+mod memory;
 mod pause;
 mod remote;
 mod restore;
@@ -31,6 +32,7 @@ pub use bake::{Baked, WarmupResult};
 pub use config::{Agent, GuestRoot, Kernel, VmConfig};
 pub use error::{ShutdownError, StartError, VmEnd};
 pub use fork::ForkError;
+pub use memory::ReclaimError;
 pub(crate) use remote::Remote;
 pub use snapshot::KeepError;
 

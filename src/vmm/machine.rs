@@ -19,6 +19,8 @@ use super::boot::BootSpec;
 use super::boot::RNG_SEED_LEN;
 use super::bus::Overlap;
 use super::console::Console;
+use super::devices::virtio::balloon::Balloon;
+use super::devices::virtio::balloon::BalloonControl;
 use super::devices::virtio::blk::Blk;
 use super::devices::virtio::rng::Rng;
 use super::devices::virtio::vsock::Vsock;
@@ -104,6 +106,7 @@ pub struct Machine {
     pub(super) vcpu: VcpuThread,
     console: Console,
     connector: VsockConnector,
+    pub(super) balloon: BalloonControl,
     pub(super) board: Board,
     pub(super) ram: Arc<GuestRam>,
     end: watch::Receiver<Option<MachineEnd>>,
@@ -121,7 +124,13 @@ pub(super) struct Parts {
     cpu_profile: String,
     ram: Arc<GuestRam>,
     console: Console,
+    host: HostEnds,
+}
+
+/// What this side of the devices is reached by.
+pub(super) struct HostEnds {
     connector: VsockConnector,
+    balloon: BalloonControl,
 }
 
 impl Parts {
@@ -131,18 +140,18 @@ impl Parts {
         vcpus: NonZeroU8,
         ram: Arc<GuestRam>,
         devices: Vec<VirtioSlot>,
-        connector: VsockConnector,
+        host: HostEnds,
         held: bool,
     ) -> Result<Self, MachineError> {
         let vm = engine.create_vm(&VmSpec { vcpus }, Arc::clone(&ram))?;
         let console = Console::new();
         let board = Board::build(&*vm, &ram, &console, devices, held)?;
-        Ok(Self { vm, board, cpu_profile: engine.cpu_profile().to_owned(), ram, console, connector })
+        Ok(Self { vm, board, cpu_profile: engine.cpu_profile().to_owned(), ram, console, host })
     }
 
     /// Gives the processor its thread, on which it begins in `state`, at once or paused.
     pub(super) fn run(self, state: VcpuState, paused: bool) -> Result<Machine, MachineError> {
-        let Self { vm, board, cpu_profile, ram, console, connector } = self;
+        let Self { vm, board, cpu_profile, ram, console, host: HostEnds { connector, balloon } } = self;
         let seed = vm.create_vcpu(VcpuId(0))?;
         let (ended, end) = watch::channel(None);
         let (seen, guest) = (console.clone(), connector.clone());
@@ -152,7 +161,7 @@ impl Parts {
             ended.send_replace(Some(machine_end(end, &seen)));
         })
         .map_err(|source| MachineError::Host { what: "thread", source })?;
-        Ok(Machine { vcpu, console, connector, board, ram, end, paused, cpu_profile, vm })
+        Ok(Machine { vcpu, console, connector, balloon, board, ram, end, paused, cpu_profile, vm })
     }
 }
 
@@ -166,11 +175,11 @@ impl Machine {
         let ram = Arc::new(GuestRam::new(config.memory)?);
         let mut rng_seed = [0; RNG_SEED_LEN];
         getrandom::fill(&mut rng_seed).map_err(|e| MachineError::Host { what: "entropy", source: e.into() })?;
-        let (devices, connector) = virtio_devices(&config.disks);
+        let (devices, host) = virtio_devices(&config.disks, &ram);
         let cmdline = command_line(&config, devices.len());
         let spec = BootSpec { cmdline: &cmdline, initramfs: &config.initramfs, vcpus, rng_seed };
         let state = super::boot::load(&ram, &mut config.kernel, &spec)?;
-        Parts::build(engine, vcpus, ram, devices, connector, false)?.run(state, false)
+        Parts::build(engine, vcpus, ram, devices, host, false)?.run(state, false)
     }
 
     /// The guest's memory.
@@ -228,8 +237,8 @@ fn machine_end(end: VcpuEnd, console: &Console) -> MachineEnd {
     }
 }
 
-/// The virtio slots in order: disks, then sockets and entropy.
-pub(super) fn virtio_devices(disks: &[Arc<dyn BlockBackend>]) -> (Vec<VirtioSlot>, VsockConnector) {
+/// The virtio slots in order: disks, then sockets, entropy and the balloon.
+pub(super) fn virtio_devices(disks: &[Arc<dyn BlockBackend>], ram: &Arc<GuestRam>) -> (Vec<VirtioSlot>, HostEnds) {
     let mut slots: Vec<VirtioSlot> = disks
         .iter()
         .enumerate()
@@ -242,7 +251,9 @@ pub(super) fn virtio_devices(disks: &[Arc<dyn BlockBackend>]) -> (Vec<VirtioSlot
     let (vsock, connector, doorbell) = Vsock::new();
     slots.push(VirtioSlot { name: "vsock".to_owned(), device: Box::new(vsock), doorbell });
     slots.push(VirtioSlot { name: "rng".to_owned(), device: Box::new(Rng), doorbell: Arc::default() });
-    (slots, connector)
+    let (device, balloon, doorbell) = Balloon::new(Arc::clone(ram));
+    slots.push(VirtioSlot { name: "balloon".to_owned(), device: Box::new(device), doorbell });
+    (slots, HostEnds { connector, balloon })
 }
 
 fn command_line(config: &MachineConfig, slots: usize) -> String {

@@ -3,6 +3,7 @@
 //! It owns memory layout, boot, the port and MMIO bus, devices and the vCPU threads. It knows no
 //! images, no exec protocol and no particular engine.
 
+mod balloon;
 mod board;
 pub mod boot;
 pub mod bus;
@@ -14,6 +15,7 @@ mod pause;
 mod state;
 mod vcpu_thread;
 
+pub use balloon::GiveBackError;
 pub use freeze::Frozen;
 pub use machine::{Machine, MachineConfig, MachineEnd, MachineError};
 pub use state::{FreezeError, MACHINE_STATE_VERSION, MachineState, PauseError, RestoreError, SaveError};

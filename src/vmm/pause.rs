@@ -154,11 +154,12 @@ impl Machine {
         disks: &[Arc<dyn BlockBackend>],
     ) -> Result<Self, RestoreError> {
         let vcpu = check(engine, state, &memory)?;
-        let (devices, connector) = virtio_devices(disks);
+        let memory = Arc::new(memory);
+        let (devices, host) = virtio_devices(disks, &memory);
         if devices.len() != state.virtio.len() {
             return Err(RestoreError::Devices { wanted: state.virtio.len(), given: devices.len() });
         }
-        let mut parts = Parts::build(engine, NonZeroU8::MIN, Arc::new(memory), devices, connector, true)?;
+        let mut parts = Parts::build(engine, NonZeroU8::MIN, memory, devices, host, true)?;
         parts.vm.stop_time();
         parts.board.restore(state)?;
         parts.vm.restore_irqchip(&state.irqchip).map_err(|error| RestoreError::Machine(error.into()))?;

@@ -16,7 +16,7 @@ use crate::units::Bytes;
 
 /// The version of [`MachineState`] that this library writes, and the only one that it restores. It changes with the
 /// meaning or the set of the fields, of the states in it, and of the machine's fixed addresses and interrupts.
-pub const MACHINE_STATE_VERSION: u32 = 1;
+pub const MACHINE_STATE_VERSION: u32 = 2;
 
 /// A paused machine without its memory. Holds nothing of the host's: not an address, a path or an open file.
 ///
@@ -36,7 +36,7 @@ pub struct MachineState {
     pub irqchip: IrqChipState,
     /// The serial port.
     pub serial: SerialState,
-    /// The virtio devices, slot by slot: disks, then sockets and entropy.
+    /// The virtio devices, slot by slot: disks, then sockets, entropy and the balloon.
     pub virtio: Vec<TransportState>,
 }
 

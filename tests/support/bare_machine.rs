@@ -135,6 +135,7 @@ pub(crate) fn fresh(code: &[u8]) -> (MachineState, GuestRam) {
     (vcpu.gdtr.base, vcpu.gdtr.limit) = (GDT, 0x1f);
     (vcpu.idtr.base, vcpu.idtr.limit) = (IDT, 0xfff);
     let vsock = DeviceState::Vsock { next_port: 1024, resets_heard_at: None };
+    let balloon = DeviceState::Balloon { target: 0, actual: 0, generation: 0, untold: false };
     let state = MachineState {
         version: MACHINE_STATE_VERSION,
         cpu_profile: Soft::new().cpu_profile().to_owned(),
@@ -145,6 +146,7 @@ pub(crate) fn fresh(code: &[u8]) -> (MachineState, GuestRam) {
         virtio: vec![
             transport(19, 3u64.to_le_bytes().to_vec(), &[256, 256, 16], vsock),
             transport(4, Vec::new(), &[64], DeviceState::Stateless),
+            transport(5, Vec::new(), &[64, 64], balloon),
         ],
     };
     (state, ram)

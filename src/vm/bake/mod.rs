@@ -195,6 +195,10 @@ impl Bakery {
             let failed = |source| StartError::Warmup { tag: warmup.tag().to_owned(), source };
             let done = tokio::time::timeout(self.config.warmup_timeout, warmup.run(Arc::clone(&vm))).await;
             done.unwrap_or_else(|_| Err("it did not come to an end in time".into())).map_err(failed)?;
+            // What it has freed would be kept in every snapshot; a guest that has just booted has freed nothing.
+            if let Err(error) = vm.reclaim_memory().await {
+                tracing::warn!(%error, "the guest gave no memory back, its snapshot is larger for it");
+            }
         }
         self.config.progress.send(ProgressEvent::Saving { image });
         let frozen = vm.driver.freeze().await.map_err(StartError::Freeze)?;

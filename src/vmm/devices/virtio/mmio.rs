@@ -19,6 +19,7 @@ use super::F_EVENT_IDX;
 use super::F_INDIRECT_DESC;
 use super::F_VERSION_1;
 use super::Interrupt;
+use super::LiveConfig;
 use super::Misfit;
 use super::QueueState;
 use super::TransportState;
@@ -80,6 +81,7 @@ pub struct Transport {
     device_type: u32,
     offered: u64,
     config: Vec<u8>,
+    live_config: Option<Arc<dyn LiveConfig>>,
     status: u32,
     accepted: u64,
     offered_word: u32,
@@ -106,6 +108,7 @@ impl Transport {
             device_type: device.device_type(),
             offered: device.features() | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
             config: device.config(),
+            live_config: device.live_config(),
             shared: Arc::new(Shared::new(device, ram, Interrupt::new(irq), doorbell)),
             status: 0,
             accepted: 0,
@@ -135,8 +138,7 @@ impl Transport {
             register::SHM_LEN_LOW | register::SHM_LEN_HIGH | register::SHM_BASE_LOW | register::SHM_BASE_HIGH => {
                 u32::MAX
             }
-            // The configuration never changes.
-            register::CONFIG_GENERATION => 0,
+            register::CONFIG_GENERATION => self.live_config.as_ref().map_or(0, |config| config.generation()),
             _ => 0,
         }
     }
@@ -307,8 +309,9 @@ impl Transport {
 impl BusDevice for Transport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(at) = offset.checked_sub(register::CONFIG) {
-            for (n, byte) in data.iter_mut().enumerate() {
-                *byte = self.config.get(at as usize + n).copied().unwrap_or(0);
+            match &self.live_config {
+                Some(config) => config.read(at, data),
+                None => read_padded(&self.config, at, data),
             }
         } else if let Ok(data) = <&mut [u8; 4]>::try_from(&mut *data) {
             *data = self.read_register(offset).to_le_bytes();
@@ -319,12 +322,21 @@ impl BusDevice for Transport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // None of our devices has writable configuration.
-        if offset < register::CONFIG
-            && let Ok(value) = <[u8; 4]>::try_from(data)
-        {
+        if let Some(at) = offset.checked_sub(register::CONFIG) {
+            // Configuration that does not change is not the driver's to change either.
+            if let Some(config) = &self.live_config {
+                config.write(at, data);
+            }
+        } else if let Ok(value) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(value));
         }
+    }
+}
+
+/// Reads `from` at `offset`, with zeros past its end.
+pub(super) fn read_padded(from: &[u8], offset: u64, data: &mut [u8]) {
+    for (n, byte) in (offset..).zip(data) {
+        *byte = usize::try_from(n).ok().and_then(|n| from.get(n)).copied().unwrap_or(0);
     }
 }
 

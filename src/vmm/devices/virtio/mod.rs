@@ -10,6 +10,7 @@
 //! lies in guest RAM is hostile: a chain that makes no sense costs the guest its device (it must reset
 //! it), and nothing else.
 
+pub mod balloon;
 pub mod blk;
 mod doorbell;
 pub mod mmio;
@@ -62,14 +63,25 @@ pub trait VirtioDevice: Debug + Send {
     /// The largest size of each of its queues.
     fn queue_sizes(&self) -> &[u16];
 
-    /// The configuration space; does not change.
+    /// The configuration space, when it does not change.
     fn config(&self) -> Vec<u8>;
+
+    /// The configuration space when it changes, in the stead of [`config`](Self::config).
+    fn live_config(&self) -> Option<Arc<dyn LiveConfig>> {
+        None
+    }
 
     /// Does a bounded amount of work on the queues.
     ///
     /// # Errors
     /// [`QueueError`] when the driver put nonsense on a queue; the device is then stopped until reset.
     fn process(&mut self, queues: &mut [DeviceQueue], memory: &GuestMemory) -> Result<Progress, QueueError>;
+
+    /// Whether the driver is to be told that the configuration has changed; asked after each
+    /// [`process`](Self::process), and true once a change.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
 
     /// When it wants to be called although nothing rings.
     fn deadline(&self) -> Option<Instant> {
@@ -90,6 +102,18 @@ pub trait VirtioDevice: Debug + Send {
         let _ = active;
         *state == DeviceState::Stateless
     }
+}
+
+/// A configuration space that changes while the device is at work. vCPU threads reach it, so it answers at once.
+pub trait LiveConfig: Debug + Send + Sync {
+    /// Reads from `offset` on; zeros past its end.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes at `offset`.
+    fn write(&self, offset: u64, data: &[u8]);
+
+    /// Another number after each change of the device's (section 2.5, `ConfigGeneration`).
+    fn generation(&self) -> u32;
 }
 
 /// A device's interrupt: the status register and the line (section 4.2.2, `InterruptStatus`).

@@ -10,6 +10,7 @@ pub struct TransportState {
     /// The device type (section 5).
     pub device_type: u32,
     /// The configuration space, which the device that is restored must have too: the size of a disk is part of it.
+    /// Empty when it changes, and is then part of what the device keeps.
     #[serde(with = "hex_bytes")]
     pub config: Vec<u8>,
     /// The status register without NEEDS_RESET.
@@ -66,6 +67,17 @@ pub enum DeviceState {
         next_port: u32,
         /// Index on the event queue's available ring at which the guest has heard of all resets, if it may not have.
         resets_heard_at: Option<u16>,
+    },
+    /// The balloon. Which pages are in it is known to the guest alone.
+    Balloon {
+        /// Pages that the host wants in it.
+        target: u32,
+        /// Pages that the guest says are in it.
+        actual: u32,
+        /// `ConfigGeneration`.
+        generation: u32,
+        /// The guest has not been told of the target.
+        untold: bool,
     },
 }
 

@@ -1,5 +1,6 @@
 //! Devices behind their registers, driven as a guest's driver would: through RAM and MMIO.
 
+mod balloon;
 mod restore;
 
 use std::io::Write;
@@ -18,6 +19,7 @@ use super::Interrupt;
 use super::Progress;
 use super::VirtioDevice;
 use super::Worker;
+use super::balloon::Balloon;
 use super::blk::Blk;
 use super::mmio::Transport;
 use super::rng::Rng;
@@ -68,7 +70,11 @@ type Part = (u64, u32, u16);
 
 impl Driver {
     fn new(device: impl VirtioDevice + 'static, doorbell: Arc<Doorbell>) -> Self {
-        let ram = Arc::new(GuestRam::new(Bytes::mib(4)).unwrap());
+        Self::over(Arc::new(GuestRam::new(Bytes::mib(4)).unwrap()), device, doorbell)
+    }
+
+    /// The same in memory that there is already.
+    fn over(ram: Arc<GuestRam>, device: impl VirtioDevice + 'static, doorbell: Arc<Doorbell>) -> Self {
         let (raised, interrupts) = channel();
         let queues = device.queue_sizes().len();
         let line = Arc::new(Line(Mutex::new(raised)));
@@ -163,6 +169,15 @@ impl Driver {
             self.interrupts.recv_timeout(PATIENCE).expect("the device answers");
             let pending = self.get(INTERRUPT_STATUS);
             self.set(INTERRUPT_ACK, pending);
+        }
+    }
+
+    /// Makes the rings as new, for a driver that begins anew.
+    fn forget_rings(&mut self) {
+        for queue in 0..self.avail.len() {
+            (self.avail[queue], self.used[queue]) = (0, 0);
+            self.write(ring(queue) + 0x1002, 0u16);
+            self.write(ring(queue) + 0x2002, 0u16);
         }
     }
 
@@ -271,10 +286,7 @@ fn a_request_without_room_for_the_answer_stops_the_device_until_reset() {
     driver.offer(0, 0, &[(BUFFERS, 16, 0)]);
     driver.ring(0);
     driver.wait_needs_reset();
-    driver.avail[0] = 0;
-    driver.used[0] = 0;
-    driver.write(ring(0) + 0x1002, 0u16);
-    driver.write(ring(0) + 0x2002, 0u16);
+    driver.forget_rings();
     let mut driver = driver.start();
     assert_eq!(driver.request(0, 0, 512).0, 0);
 }
@@ -386,10 +398,17 @@ fn wild_descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     (addr, len, flags, prop_oneof![any::<u16>(), 0..QUEUE_SIZE])
 }
 
-/// Has `device` work on nonsense, on this thread so that a panic is seen; it must come to an end.
-fn survives(mut device: impl VirtioDevice, table: &[(u64, u32, u16, u16)], heads: &[u16], noise: &[u8]) {
+/// Has a device in the memory that `make` is given work on nonsense, on this thread so that a panic is seen; it must
+/// come to an end.
+fn survives<D: VirtioDevice>(
+    make: impl FnOnce(Arc<GuestRam>) -> D,
+    table: &[(u64, u32, u16, u16)],
+    heads: &[u16],
+    noise: &[u8],
+) {
     let mut driver = Driver::new(Rng, Arc::default());
     driver.ram.memory().write_slice(noise, GuestAddress(BUFFERS)).unwrap();
+    let mut device = make(Arc::clone(&driver.ram));
     driver.avail = vec![0; device.queue_sizes().len()];
     let interrupt = Arc::new(Interrupt::new(Arc::new(Line(Mutex::new(channel().0)))));
     let mut queues = Vec::new();
@@ -420,23 +439,26 @@ proptest! {
         heads in prop::collection::vec(prop_oneof![any::<u16>(), 0..QUEUE_SIZE], 1..24),
         noise in prop::collection::vec(any::<u8>(), 256),
     ) {
-        survives(disk_device(10_000), &table, &heads, &noise);
-        survives(Rng, &table, &heads, &noise);
-        survives(Vsock::new().0, &table, &heads, &noise);
+        survives(|_| disk_device(10_000), &table, &heads, &noise);
+        survives(|_| Rng, &table, &heads, &noise);
+        survives(|_| Vsock::new().0, &table, &heads, &noise);
+        survives(|ram| Balloon::new(ram).0, &table, &heads, &noise);
     }
 
     #[test]
     fn no_register_access_panics(accesses in prop::collection::vec((0u64..0x140, any::<u32>(), 1usize..=4, any::<bool>()), 0..200)) {
-        let mut driver = disk(10_000);
-        for (offset, value, width, write) in accesses {
-            let width = 1 << (width - 1);
-            if write {
-                driver.device.write(offset, &u64::from(value).to_le_bytes()[..width]);
-            } else {
-                driver.device.read(offset, &mut [0; 8][..width]);
+        let ram = Arc::new(GuestRam::new(Bytes::mib(4)).unwrap());
+        for mut driver in [disk(10_000), Driver::over(Arc::clone(&ram), Balloon::new(ram).0, Arc::default())] {
+            for (offset, value, width, write) in &accesses {
+                let width = 1 << (width - 1);
+                if *write {
+                    driver.device.write(*offset, &u64::from(*value).to_le_bytes()[..width]);
+                } else {
+                    driver.device.read(*offset, &mut [0; 8][..width]);
+                }
             }
+            driver.set(STATUS, 0);
+            prop_assert_eq!(driver.get(STATUS), 0);
         }
-        driver.set(STATUS, 0);
-        prop_assert_eq!(driver.get(STATUS), 0);
     }
 }

@@ -112,7 +112,11 @@ impl Shared {
         let mut core = self.lock();
         let Core { device, queues } = &mut *core;
         let Some(queues) = queues else { return Progress::Idle };
-        match device.process(queues, self.ram.memory()) {
+        let processed = device.process(queues, self.ram.memory());
+        if device.take_config_change() {
+            self.interrupt.config_change();
+        }
+        match processed {
             Ok(progress) => progress,
             Err(error) => {
                 tracing::warn!(device = device.device_type(), %error, "virtio device stopped until reset");

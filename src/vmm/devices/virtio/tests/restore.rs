@@ -11,21 +11,21 @@ const EVENTS: usize = 2;
 const A_WHILE: Duration = Duration::from_millis(200);
 
 /// The device has given back `used` chains of the queue, and does not give back another.
-fn stays_at(driver: &Driver, queue: usize, used: u16) {
+pub(super) fn stays_at(driver: &Driver, queue: usize, used: u16) {
     std::thread::sleep(A_WHILE);
     let index: u16 = driver.ram.memory().read_obj(GuestAddress(ring(queue) + 0x2002)).unwrap();
     assert_eq!(index, used, "queue {queue}");
 }
 
 /// A driver that was started, and its device's state while it is quiet.
-async fn saved(driver: &Driver) -> TransportState {
+pub(super) async fn saved(driver: &Driver) -> TransportState {
     driver._worker.hold();
     driver._worker.quiet().await;
     driver.device.save()
 }
 
 /// The driver with `device` in the stead of its own; held.
-fn with_device(driver: Driver, device: impl VirtioDevice + 'static, doorbell: Arc<Doorbell>) -> Driver {
+pub(super) fn with_device(driver: Driver, device: impl VirtioDevice + 'static, doorbell: Arc<Doorbell>) -> Driver {
     let (raised, interrupts) = channel();
     let line = Arc::new(Line(Mutex::new(raised)));
     doorbell.hold();
@@ -139,11 +139,7 @@ async fn a_driver_that_begins_anew_needs_no_reset() {
     driver._worker.release();
     let mut driver = driver;
     driver.set(STATUS, 0);
-    for queue in 0..3 {
-        (driver.avail[queue], driver.used[queue]) = (0, 0);
-        driver.write(ring(queue) + 0x1002, 0u16);
-        driver.write(ring(queue) + 0x2002, 0u16);
-    }
+    driver.forget_rings();
     let mut driver = driver.start();
     driver.offer(RECEIVE, 0, &[(BUFFERS + 0x1000, 4096, WRITE)]);
     driver.ring(RECEIVE);
