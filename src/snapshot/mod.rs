@@ -269,6 +269,12 @@ impl Snapshot {
         &self.manifest.integrity
     }
 
+    /// The folder that it was opened from, or written to; something else may be there by now.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Whether it stands alone.
     #[must_use]
     pub fn kind(&self) -> Kind {
