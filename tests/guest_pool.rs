@@ -128,12 +128,16 @@ async fn rules_and_starts_that_cannot_be_are_errors() {
         assert!(matches!(error, PoolError::Limits { .. }), "{error:?}");
     }
     let broken = config().kernel(Kernel::Path("/nowhere/vmlinux".into()));
-    let error = pool(&image).config(broken.clone()).build().await.unwrap_err();
+    let error = pool(&image).min(0).config(broken).build().await.unwrap_err();
     assert!(matches!(error, PoolError::Start(StartError::KernelMissing { .. })), "{error:?}");
-    let pool = pool(&image).min(0).config(broken).build().await.unwrap();
+    // What only a start finds out.
+    let nobody = config().machine_id("nobody");
+    let error = pool(&image).config(nobody.clone()).build().await.unwrap_err();
+    assert!(matches!(error, PoolError::Start(StartError::Config(_))), "{error:?}");
+    let pool = pool(&image).min(0).config(nobody).build().await.unwrap();
     for _ in 0..3 {
         let error = pool.acquire().await.unwrap_err();
-        assert!(matches!(error, AcquireError::Start(StartError::KernelMissing { .. })), "{error:?}");
+        assert!(matches!(error, AcquireError::Start(StartError::Config(_))), "{error:?}");
     }
     assert_eq!((pool.stats().failed_starts, pool.stats().starting), (3, 0));
 }

@@ -164,3 +164,19 @@ async fn a_hundred_guests_of_one_snapshot_at_the_same_time() {
         assert_eq!(String::from_utf8_lossy(&out.expect("an answer").stdout), format!("{n}\n"));
     }
 }
+
+#[tokio::test]
+async fn a_renewal_waits_for_nothing_that_a_workload_has_laid_in_its_way() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (_place, image) = busybox_image(json!({})).await;
+    let vm = image.start(config()).await.expect("starts");
+    sh(&vm, "rm /etc/hosts; mkfifo /etc/hosts").await;
+    let snapshot = vm.snapshot(folder.path().join("fifo")).await.expect("kept");
+    let restored = image.restore(&snapshot, config().hostname("other")).await.expect("restores");
+    assert_eq!(sh(&restored, "hostname").await, "other\n");
+    // Without the generator's device there is no fresh randomness, and so no guest.
+    sh(&vm, "rm /etc/hosts; mv /dev/urandom /tmp/urandom; mkfifo /dev/urandom").await;
+    let snapshot = vm.snapshot(folder.path().join("device")).await.expect("kept");
+    let error = image.restore(&snapshot, config()).await.expect_err("no randomness");
+    let StartError::Agent { source: kiln::ExecError::System { .. }, .. } = &error else { panic!("{error:?}") };
+}

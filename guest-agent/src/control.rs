@@ -40,7 +40,7 @@ pub(crate) fn act(action: Control, shared: &mut Shared) -> Result<ControlAck, Re
             clock::set(host_unix_ns, None).map_err(|error| Refusal::system("setting the clock", &error))?;
         }
         Control::Renew { host_unix_ns, tsc, entropy_b64, hostname, machine_id } => {
-            Renewal { host_unix_ns, tsc, entropy_b64, hostname, machine_id }.make()?;
+            Renewal { host_unix_ns, tsc, entropy_b64, hostname, machine_id }.make(shared.owns_machine)?;
             return Ok(probe());
         }
         Control::Sync => rustix::fs::sync(),

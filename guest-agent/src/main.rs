@@ -99,7 +99,7 @@ fn serve_unix(path: OsString) -> io::Result<()> {
     let env = std::env::vars_os().filter_map(|(name, value)| Some((text(name)?, text(value)?))).collect();
     let workdir = std::env::current_dir()?.to_string_lossy().into_owned();
     let defaults = Defaults { env, workdir, user: None, open_files: raise_open_files(), ignored: signal::ignored() };
-    let served = Server::new(listener.into(), defaults, true)?.run();
+    let served = Server::new(listener.into(), defaults, false)?.run();
     let _ = fs::remove_file(path);
     served
 }
@@ -128,7 +128,7 @@ fn boot_and_serve() -> Result<(), Box<dyn std::error::Error>> {
     }
     let listener =
         net::listen_vsock(AGENT_PORT).map_err(|error| format!("listening on vsock port {AGENT_PORT}: {error}"))?;
-    Ok(Server::new(listener, guest_defaults(config), false)?.run()?)
+    Ok(Server::new(listener, guest_defaults(config), true)?.run()?)
 }
 
 fn guest_defaults(config: GuestConfig) -> Defaults {

@@ -3,7 +3,7 @@
 //!
 //! Nothing of the image is needed for it.
 
-use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use kiln_wire::control::TimeStamp;
@@ -37,11 +37,11 @@ pub(crate) struct Renewal {
 }
 
 impl Renewal {
-    /// Checks everything, then does everything, and reports what failed first.
-    pub(crate) fn make(self) -> Result<(), Refusal> {
+    /// Checks everything, then does everything, and reports what failed first. Only if the agent `owns_machine`: elsewhere
+    /// the clock and the names are another system's.
+    pub(crate) fn make(self, owns_machine: bool) -> Result<(), Refusal> {
         let entropy = self.check()?;
-        // Elsewhere the clock and the names are another system's.
-        if std::process::id() != 1 {
+        if !owns_machine {
             return Err(Refusal::numbered("not the first process of a guest", Errno::PERM));
         }
         let mut failed = Ok(());
@@ -63,7 +63,8 @@ impl Renewal {
     /// The entropy, if all fields are what they must be.
     fn check(&self) -> Result<Vec<u8>, Refusal> {
         let refuse = |holds: bool, what: &str| if holds { Ok(()) } else { Err(Refusal::numbered(what, Errno::INVAL)) };
-        let entropy = files::decode(&self.entropy_b64)?;
+        let decoded = files::decode(&self.entropy_b64).ok();
+        let entropy = decoded.ok_or_else(|| Refusal::numbered("entropy_b64: not base64", Errno::INVAL))?;
         refuse((ENTROPY_MIN..=random::ENTROPY_MAX).contains(&entropy.len()), "entropy_b64: not 32 to 512 bytes")?;
         if let Some(name) = &self.hostname {
             refuse(!name.is_empty() && name.len() <= HOSTNAME_MAX, "hostname: not 1 to 64 bytes")?;
@@ -95,8 +96,17 @@ fn rename(name: &str) -> std::io::Result<()> {
         return Ok(());
     }
     rustix::system::sethostname(name.as_bytes())?;
-    if fs::read(HOSTS).is_ok_and(|text| text == hosts(&old).as_bytes()) {
+    if has_content(HOSTS, hosts(&old).as_bytes()) {
         files::write_atomically(Path::new(HOSTS), hosts(name).as_bytes(), None)?;
     }
     Ok(())
+}
+
+/// Whether `path` is a regular file with this content. What else a workload may have put there is not waited for, nor
+/// read to its end.
+fn has_content(path: &str, content: &[u8]) -> bool {
+    let mut found = Vec::new();
+    let limit = content.len() as u64 + 1;
+    let read = files::open_regular(path).and_then(|file| file.take(limit).read_to_end(&mut found));
+    read.is_ok() && found == content
 }

@@ -94,6 +94,8 @@ pub(crate) struct Shared {
     pub(crate) timers: Timers,
     pub(crate) uploads: Uploads,
     pub(crate) workload: Workload,
+    /// Whether the agent is the first process of a guest, whose clock and names are its to set.
+    pub(crate) owns_machine: bool,
     pub(crate) scratch: Box<[u8]>,
 }
 
@@ -131,10 +133,12 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves `listener`, which must not block. Blocks SIGCHLD, and, if `stoppable`, SIGTERM and SIGINT, for good.
-    pub(crate) fn new(listener: OwnedFd, defaults: Defaults, stoppable: bool) -> io::Result<Self> {
+    /// Serves `listener`, which must not block, as the first process of a guest if it `owns_machine`. Blocks SIGCHLD, and
+    /// SIGTERM and SIGINT elsewhere, where they stop it, for good.
+    pub(crate) fn new(listener: OwnedFd, defaults: Defaults, owns_machine: bool) -> io::Result<Self> {
         signal::ignore_sigpipe();
-        let watched: &[i32] = if stoppable { &[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT] } else { &[libc::SIGCHLD] };
+        let watched: &[i32] =
+            if owns_machine { &[libc::SIGCHLD] } else { &[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT] };
         let signals = signal::signal_fd(watched)?;
         let poll = Poll::new()?;
         let mut listener = Watched::new(listener, Token { session: OWN, role: Role::Listener });
@@ -144,7 +148,7 @@ impl Server {
         let scratch = vec![0; SCRATCH].into_boxed_slice();
         let (children, timers, uploads) = (BTreeMap::new(), Timers::default(), Uploads::default());
         let workload = Workload::default();
-        let shared = Shared { poll, defaults, children, timers, uploads, workload, scratch };
+        let shared = Shared { poll, defaults, children, timers, uploads, workload, owns_machine, scratch };
         Ok(Self { shared, listener, signals, sessions: BTreeMap::new(), next_id: 1, stopping: false })
     }
 

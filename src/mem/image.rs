@@ -59,6 +59,12 @@ impl MemoryImage {
         self.size
     }
 
+    /// Names the lowest file: the same for all images that build on it.
+    #[must_use]
+    pub fn root(&self) -> MemoryId {
+        self.layers.first().map_or([0; 32], |layer| layer.id)
+    }
+
     /// How many ranges it is mapped in, each of which takes one of the process's mappings.
     #[must_use]
     pub fn pieces(&self) -> usize {

@@ -126,8 +126,8 @@ impl PoolBuilder {
         self
     }
 
-    /// Makes the pool and waits until [`min`](Self::min) VMs are ready. The first is started alone, since it prepares
-    /// what the others use too; then as many at the same time as the host has processors.
+    /// Makes the pool and waits until [`min`](Self::min) VMs are ready. The image is [baked](Image::bake) first, if it is not yet;
+    /// then as many VMs are restored at the same time as the host has processors, after a first one alone.
     ///
     /// # Errors
     /// [`PoolError`]: the limits contradict each other, or a VM did not start. What had started has been stopped.
@@ -143,9 +143,10 @@ impl PoolBuilder {
         if max == 0 || min > max {
             return Err(PoolError::Limits { min, max });
         }
+        let baked = image.bake(config).await?;
         let make = move || {
-            let (image, config) = (image.clone(), config.clone());
-            async move { image.start(config).await }
+            let baked = baked.clone();
+            async move { baked.start().await }
         };
         let (core, built) = Core::open(settings, make);
         // Without an answer the driver is gone, and its runtime with it.

@@ -32,6 +32,7 @@ fn entropy(bytes: usize) -> String {
 fn nonsense(agent: &Subject) -> Result<(), Finding> {
     let good = entropy(32);
     let fields = [
+        r#""entropy_b64":"not base64!""#.to_owned(),
         format!(r#""entropy_b64":"{}""#, entropy(31)),
         format!(r#""entropy_b64":"{}""#, entropy(513)),
         format!(r#""entropy_b64":"{good}","machine_id":"0123""#),

@@ -5,15 +5,18 @@
 //! its first operation becomes [`branch::forward`], which leads to whatever is decoded in its place.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use rustc_hash::FxBuildHasher;
 
+use crate::mem::GuestRam;
 use crate::units::PAGE_SIZE;
 
 use super::cpu::Cpu;
 use super::fast::branch;
 use super::fast::{Op, Patch, UNLINKED};
-use super::translate::{Block, Translator};
+use super::shared_code::Blocks;
+use super::translate::{Decoded, Translator};
 
 /// Operations kept before everything is dropped and decoded anew: 32 MiB of them.
 const MAX_OPS: usize = 1 << 20;
@@ -34,10 +37,12 @@ pub(super) struct CodeCache {
     blocks: HashMap<u64, u32, FxBuildHasher>,
     pages: HashMap<u64, Vec<Extent>, FxBuildHasher>,
     translator: Translator,
+    /// Of machines with the same memory.
+    shared: Option<Arc<Blocks>>,
 }
 
 impl CodeCache {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(shared: Option<Arc<Blocks>>) -> Self {
         let translator = Translator::new();
         let mut cache = Self {
             arena: Vec::with_capacity(MAX_OPS + 128),
@@ -45,6 +50,7 @@ impl CodeCache {
             blocks: HashMap::with_capacity_and_hasher(1 << 15, FxBuildHasher),
             pages: HashMap::default(),
             translator,
+            shared,
         };
         // Reserved whole so that it never moves; the host gives memory only for what is used.
         cache.arena.push(unreachable_op());
@@ -63,9 +69,16 @@ impl CodeCache {
         if self.arena.len() > MAX_OPS {
             self.clear(cpu);
         }
-        let Block { ops, bytes } = self.translator.block(&cpu.ram, at, &mut cpu.general);
-        let op = self.arena.len() as u32;
-        self.arena.extend_from_slice(ops);
+        let decoded = self.decoded(&cpu.ram, at);
+        let (op, bytes) = (self.arena.len() as u32, decoded.bytes());
+        self.arena.extend_from_slice(&decoded.ops);
+        let first = cpu.general.len() as u64;
+        cpu.general.extend_from_slice(&decoded.general);
+        for &general in &decoded.general_ops {
+            if let Some(op) = self.arena.get_mut(op as usize + usize::from(general)) {
+                op.imm += first;
+            }
+        }
         self.blocks.insert(at, op);
         self.pages.entry(at / PAGE_SIZE).or_default().push(Extent { start: at, bytes, op });
         if cpu.code_map.mark(at, bytes) {
@@ -73,6 +86,18 @@ impl CodeCache {
             cpu.ram.code_pages().watch(at);
         }
         op
+    }
+
+    /// The block at a RAM offset, as somebody has decoded it before, or decoded here.
+    fn decoded(&mut self, ram: &GuestRam, at: u64) -> Arc<Decoded> {
+        let known = self.shared.as_ref().and_then(|shared| shared.get(ram, at));
+        known.unwrap_or_else(|| {
+            let decoded = Arc::new(self.translator.decoded(ram, at));
+            if let Some(shared) = &self.shared {
+                shared.offer(at, &decoded);
+            }
+            decoded
+        })
     }
 
     /// Links the branch that asked to the block that was found for it.

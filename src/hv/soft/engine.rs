@@ -14,6 +14,7 @@ use super::cpu::Cpu;
 use super::cpuid::PROFILE;
 use super::mailbox::Mailbox;
 use super::run::SoftVcpu;
+use super::shared_code::{Blocks, SharedCode};
 
 /// The software engine: runs x86-64 guests on any host, without virtualization.
 ///
@@ -31,10 +32,12 @@ use super::run::SoftVcpu;
 #[derive(Debug, Default)]
 pub struct Soft {
     retired: Arc<AtomicU64>,
+    code: Arc<SharedCode>,
 }
 
 impl Soft {
-    /// The engine; it has no settings and is always available.
+    /// The engine; it has no settings and is always available. Machines of one engine that began with the same memory
+    /// spare each other the decoding of code.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -62,6 +65,7 @@ impl Hypervisor for Soft {
             clock: Clock::new(),
             created: AtomicU64::new(0),
             retired: Arc::clone(&self.retired),
+            code: Arc::clone(&self.code),
         }))
     }
 
@@ -78,6 +82,7 @@ struct SoftVm {
     /// One bit a vCPU id handed out.
     created: AtomicU64,
     retired: Arc<AtomicU64>,
+    code: Arc<SharedCode>,
 }
 
 impl HvVm for SoftVm {
@@ -89,8 +94,8 @@ impl HvVm for SoftVm {
             return Err(HvError::Unsupported("making a vCPU twice"));
         }
         let (ram, ioapic, clock) = (Arc::clone(&self.ram), Arc::clone(&self.ioapic), self.clock.clone());
-        let retired = Arc::clone(&self.retired);
-        Ok(Box::new(Seed { id, ram, ioapic, clock, mailbox, retired }))
+        let (retired, code) = (Arc::clone(&self.retired), self.code.blocks(&self.ram));
+        Ok(Box::new(Seed { id, ram, ioapic, clock, mailbox, retired, code }))
     }
 
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError> {
@@ -127,6 +132,7 @@ struct Seed {
     clock: Clock,
     mailbox: Arc<Mailbox>,
     retired: Arc<AtomicU64>,
+    code: Option<Arc<Blocks>>,
 }
 
 impl VcpuSeed for Seed {
@@ -135,8 +141,8 @@ impl VcpuSeed for Seed {
     }
 
     fn bind(self: Box<Self>, io: Box<dyn IoHandler>) -> Result<Box<dyn Vcpu>, HvError> {
-        let Self { id, ram, ioapic, clock, mailbox, retired } = *self;
+        let Self { id, ram, ioapic, clock, mailbox, retired, code } = *self;
         let lapic = Lapic::new(id.0.into(), Arc::clone(&mailbox), clock.clone(), Arc::clone(&ioapic));
-        Ok(Box::new(SoftVcpu::new(Cpu::new(ram, io, lapic, ioapic, clock), mailbox, retired)))
+        Ok(Box::new(SoftVcpu::new(Cpu::new(ram, io, lapic, ioapic, clock), mailbox, retired, code)))
     }
 }

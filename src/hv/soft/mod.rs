@@ -18,6 +18,7 @@ mod mailbox;
 mod mmu;
 mod operand;
 mod run;
+mod shared_code;
 mod step;
 mod tlb;
 mod translate;

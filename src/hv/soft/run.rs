@@ -24,6 +24,7 @@ use super::fast::{Leave, Patch};
 use super::fault::{Exception, Flow, Stop};
 use super::flags::{IF, TF};
 use super::mailbox::{Mailbox, Signals};
+use super::shared_code::Blocks;
 use crate::units::PAGE_SIZE;
 
 /// Instructions between two looks at the clock. Also bounds how deep handlers may call one another where the
@@ -48,8 +49,8 @@ pub(super) struct SoftVcpu {
 }
 
 impl SoftVcpu {
-    pub(super) fn new(cpu: Cpu, mailbox: Arc<Mailbox>, retired: Arc<AtomicU64>) -> Self {
-        Self { cpu, code: CodeCache::new(), mailbox, halted: false, slice: 0, executed: 0, retired }
+    pub(super) fn new(cpu: Cpu, mailbox: Arc<Mailbox>, retired: Arc<AtomicU64>, shared: Option<Arc<Blocks>>) -> Self {
+        Self { cpu, code: CodeCache::new(shared), mailbox, halted: false, slice: 0, executed: 0, retired }
     }
 
     fn advance(&mut self) -> Result<Option<Exit>, HvError> {

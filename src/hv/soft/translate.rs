@@ -19,11 +19,30 @@ use super::step::{self, MAX_LENGTH};
 /// [`Op::block_length`].
 const MAX_BLOCK: usize = 63;
 
-/// A decoded block: operations, and how many bytes of the page they came from.
+/// A decoded block, good wherever the same bytes lie at the same place of a page.
 #[derive(Debug)]
-pub(super) struct Block<'a> {
-    pub(super) ops: &'a [Op],
-    pub(super) bytes: u64,
+pub(super) struct Decoded {
+    /// What it was decoded from.
+    source: Box<[u8]>,
+    pub(super) ops: Box<[Op]>,
+    /// Instructions for the general executor.
+    pub(super) general: Box<[(Executor, Instruction)]>,
+    /// Which operations those are: their immediates count from the block's first one.
+    pub(super) general_ops: Box<[u8]>,
+}
+
+impl Decoded {
+    /// How many bytes of the page it came from.
+    pub(super) const fn bytes(&self) -> u64 {
+        self.source.len() as u64
+    }
+
+    /// Whether `ram` has at `at` what it was decoded from.
+    pub(super) fn is_of(&self, ram: &GuestRam, at: u64) -> bool {
+        let mut bytes = [0; WINDOW];
+        let bytes = bytes.get_mut(..self.source.len());
+        bytes.is_some_and(|bytes| ram.read_bytes(at, bytes).is_some() && *bytes == *self.source)
+    }
 }
 
 /// Bytes looked at for one block: more than all but the longest take, and cheaper to copy than a page.
@@ -38,21 +57,28 @@ const ARITHMETIC: u32 =
 pub(super) struct Translator {
     insns: Vec<Instruction>,
     ops: Vec<Op>,
+    general: Vec<(Executor, Instruction)>,
+    general_ops: Vec<u8>,
 }
 
 impl Translator {
     pub(super) fn new() -> Self {
-        Self { insns: Vec::with_capacity(MAX_BLOCK), ops: Vec::with_capacity(MAX_BLOCK + 1) }
+        Self {
+            insns: Vec::with_capacity(MAX_BLOCK),
+            ops: Vec::with_capacity(MAX_BLOCK + 1),
+            general: Vec::new(),
+            general_ops: Vec::new(),
+        }
     }
 
-    /// Decodes the block at a RAM offset. Instructions for the general executor are appended to `general`.
-    pub(super) fn block(&mut self, ram: &GuestRam, at: u64, table: &mut Vec<(Executor, Instruction)>) -> Block<'_> {
+    /// Decodes the block at a RAM offset.
+    pub(super) fn decoded(&mut self, ram: &GuestRam, at: u64) -> Decoded {
         let start = at % PAGE_SIZE;
         let mut window = [0; WINDOW];
         let len = ((PAGE_SIZE - start) as usize).min(WINDOW);
         let bytes = &mut window[..len];
         let _ = ram.read_bytes(at, bytes);
-        self.decode(bytes, start, table);
+        self.decode(bytes, start);
         self.drop_dead_flags();
         fuse(&self.insns, &mut self.ops);
         let end = self.insns.last().map_or(start, Instruction::next_ip);
@@ -67,20 +93,31 @@ impl Translator {
         if let Some(last) = self.ops.last_mut() {
             last.set_block_length(count);
         }
-        Block { ops: &self.ops, bytes: (end - start).max(1) }
+        Decoded {
+            source: bytes[..((end - start).max(1) as usize).min(bytes.len())].into(),
+            ops: self.ops.as_slice().into(),
+            general: self.general.as_slice().into(),
+            general_ops: self.general_ops.as_slice().into(),
+        }
     }
 
     /// Decodes up to the first branch, to what has no executor, or to the end of the bytes.
-    fn decode(&mut self, bytes: &[u8], start: u64, table: &mut Vec<(Executor, Instruction)>) {
+    fn decode(&mut self, bytes: &[u8], start: u64) {
         self.insns.clear();
         self.ops.clear();
+        self.general.clear();
+        self.general_ops.clear();
         let mut decoder = step::decoder(bytes, start);
         while self.insns.len() < MAX_BLOCK && decoder.can_decode() {
             let insn = decoder.decode();
             if insn.is_invalid() || insn.len() > MAX_LENGTH {
                 break;
             }
-            let Some(op) = translate(&insn, table) else { break };
+            let general = self.general.len();
+            let Some(op) = translate(&insn, &mut self.general) else { break };
+            if self.general.len() > general {
+                self.general_ops.push(self.ops.len() as u8);
+            }
             self.ops.push(op);
             self.insns.push(insn);
             if insn.flow_control() != FlowControl::Next {

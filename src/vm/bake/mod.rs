@@ -1,8 +1,8 @@
 //! Baking an image: booted once, kept as a snapshot, and restored from it from then on.
 //!
 //! ```text
-//!   Image + VmConfig --root filesystem, digests--> key --a snapshot is there----------------------> Baked --start--> Vm
-//!                                                   \--none: boot, warm up, freeze, write it--------^
+//!   Image + VmConfig --root filesystem, digests--> key --a snapshot is there-------------------------------> Baked --start--> Vm
+//!                                                   \--none: boot, run a command, warm up, freeze, write it--^
 //! ```
 //! Snapshots are kept in the image's store under a key of everything that shapes them ([`key`]). Whoever bakes claims the
 //! key, so that several tasks and processes that want the same wait for one of them.
@@ -43,6 +43,9 @@ pub(super) use warmup::Warmup;
 
 /// How long another process's baking is waited for before it is done here too: longer than a warm-up takes as a rule.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(900);
+
+/// How long the command may take that a guest runs when it is baked; a few milliseconds as a rule.
+const FIRST_COMMAND: Duration = Duration::from_secs(10);
 
 /// An image baked for a configuration: each [`start`](Self::start) restores a guest of it, and nothing is looked up again.
 ///
@@ -190,6 +193,7 @@ impl Bakery {
         let image = *self.image.digest();
         self.config.progress.send(ProgressEvent::Booting { image });
         let vm = Arc::new(self.boot().await?);
+        run_a_command(&vm).await;
         if let Some(warmup) = &self.config.warmup {
             self.config.progress.send(ProgressEvent::WarmingUp { image });
             let failed = |source| StartError::Warmup { tag: warmup.tag().to_owned(), source };
@@ -219,6 +223,13 @@ impl Bakery {
         let template = Template::like(&self.template, &self.origin);
         start::boot(self.config.clone(), self.guest.clone(), |_| Ok(template)).await
     }
+}
+
+/// Has the guest run a command, so that what every first command needs is in its memory when it is restored: above all
+/// the shell and its libraries, which most commands are run by. An image without one is none the worse for it.
+async fn run_a_command(vm: &Vm) {
+    let outcome = vm.exec_builder().argv(["/bin/sh", "-c", ":"]).timeout(FIRST_COMMAND).output().await;
+    tracing::debug!(?outcome, "the guest has run a command");
 }
 
 /// The digests of what a guest is made from, read or remembered. Blocking.

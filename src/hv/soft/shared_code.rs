@@ -1,0 +1,134 @@
+//! Blocks that machines with the same memory have decoded, for each other: a guest that is restored runs the code that
+//! guests from the same snapshot have run before it, and decoding is most of what it does at first.
+//!
+//! A block is taken only by a machine whose memory holds the very bytes that it was decoded from. So nothing needs to be
+//! told when a guest changes its code, and a wrong byte can never be run. What machines share here is time, not state.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use rustc_hash::FxBuildHasher;
+
+use crate::mem::{GuestRam, MemoryId};
+
+use super::translate::Decoded;
+
+/// Operations kept for all machines of one memory image: 16 MiB of them.
+const MAX_OPS: usize = 1 << 19;
+/// Memory images whose blocks are kept; of more the one that was used least recently is forgotten.
+const MAX_IMAGES: usize = 4;
+
+/// What an engine's machines share, by the memory image that they began with.
+#[derive(Debug, Default)]
+pub(super) struct SharedCode {
+    images: Mutex<Vec<(MemoryId, Arc<Blocks>)>>,
+}
+
+impl SharedCode {
+    /// The blocks of machines that began with the same memory as `ram`; `None` for one that began empty.
+    pub(super) fn blocks(&self, ram: &GuestRam) -> Option<Arc<Blocks>> {
+        let id = ram.source()?.root();
+        // What is found in it is whole whatever a panicking holder did.
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = images.iter().position(|(known, _)| *known == id);
+        let image = known.map_or_else(|| (id, Arc::default()), |at| images.remove(at));
+        let blocks = Arc::clone(&image.1);
+        images.truncate(MAX_IMAGES - 1);
+        images.insert(0, image);
+        Some(blocks)
+    }
+}
+
+/// Blocks by the RAM offset of their first byte.
+#[derive(Debug, Default)]
+pub(super) struct Blocks {
+    known: RwLock<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    blocks: HashMap<u64, Arc<Decoded>, FxBuildHasher>,
+    ops: usize,
+}
+
+impl Blocks {
+    /// The block at `at`, if it was decoded from what `ram` has there now.
+    pub(super) fn get(&self, ram: &GuestRam, at: u64) -> Option<Arc<Decoded>> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.blocks.get(&at).filter(|block| block.is_of(ram, at)).cloned()
+    }
+
+    /// Keeps a block for others, if there is room. Of different ones at one place the first stays.
+    pub(super) fn offer(&self, at: u64, block: &Arc<Decoded>) {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let ops = known.ops + block.ops.len();
+        if ops <= MAX_OPS && !known.blocks.contains_key(&at) {
+            known.ops = ops;
+            known.blocks.insert(at, Arc::clone(block));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::hv::soft::translate::Translator;
+    use crate::mem::MemoryImage;
+    use crate::units::{Bytes, PAGE_SIZE};
+
+    const AT: u64 = 0x100;
+
+    /// Memory with `mov eax, 1; ret` at [`AT`].
+    fn image(id: u8) -> MemoryImage {
+        let file: File = tempfile::tempfile().unwrap();
+        file.set_len(4 * PAGE_SIZE).unwrap();
+        file.write_all_at(&[0xb8, 1, 0, 0, 0, 0xc3], AT).unwrap();
+        MemoryImage::new(file, Bytes(4 * PAGE_SIZE), [id; 32])
+    }
+
+    #[test]
+    fn a_block_is_for_those_who_have_its_bytes() {
+        let (code, image) = (SharedCode::default(), image(1));
+        let [one, other] = [(); 2].map(|()| image.map().unwrap());
+        let decoded = Arc::new(Translator::new().decoded(&one, AT));
+        code.blocks(&one).unwrap().offer(AT, &decoded);
+        let blocks = code.blocks(&other).unwrap();
+        assert!(blocks.get(&other, AT).is_some());
+        assert!(blocks.get(&other, AT + 1).is_none());
+        other.store(AT + 1, 2u8).unwrap();
+        assert!(blocks.get(&other, AT).is_none(), "other code is there now");
+        assert!(blocks.get(&one, AT).is_some());
+        // What follows the block is not part of it.
+        one.store(AT + 6, 0x90u8).unwrap();
+        assert!(blocks.get(&one, AT).is_some());
+    }
+
+    #[test]
+    fn clones_share_with_their_origin_and_strangers_do_not() {
+        let code = SharedCode::default();
+        let one = image(1).map().unwrap();
+        let clone = one.freeze().unwrap().map().unwrap();
+        let blocks = |ram: &GuestRam| code.blocks(ram).unwrap();
+        assert!(Arc::ptr_eq(&blocks(&one), &blocks(&clone)));
+        let stranger = image(2).map().unwrap();
+        assert!(!Arc::ptr_eq(&blocks(&one), &blocks(&stranger)));
+        assert!(code.blocks(&GuestRam::new(Bytes(PAGE_SIZE)).unwrap()).is_none());
+    }
+
+    #[test]
+    fn only_so_much_is_kept() {
+        let code = SharedCode::default();
+        let rams: Vec<_> = (0..20).map(|id| image(id).map().unwrap()).collect();
+        let first = code.blocks(&rams[0]).unwrap();
+        rams.iter().for_each(|ram| drop(code.blocks(ram)));
+        assert_eq!(code.images.lock().unwrap().len(), MAX_IMAGES);
+        assert!(!Arc::ptr_eq(&first, &code.blocks(&rams[0]).unwrap()), "the oldest is forgotten");
+        let decoded = Arc::new(Translator::new().decoded(&rams[0], AT));
+        (0..2 * MAX_OPS as u64).for_each(|at| first.offer(at, &decoded));
+        let known = first.known.read().unwrap();
+        assert!(known.ops <= MAX_OPS && known.blocks.len() == MAX_OPS / decoded.ops.len());
+    }
+}
