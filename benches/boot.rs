@@ -37,7 +37,7 @@ async fn main() {
 
 async fn boot(image: &Image) -> Duration {
     let started = Instant::now();
-    let vm = image.start(VmConfig::new().memory(Bytes::mib(128))).await.expect("the guest boots");
+    let vm = image.boot(VmConfig::new().memory(Bytes::mib(128))).await.expect("the guest boots");
     let time = started.elapsed();
     vm.shutdown().await.expect("the guest stops");
     time
