@@ -7,7 +7,6 @@
 mod guest;
 mod image_support;
 
-use std::collections::HashSet;
 use std::fs;
 use std::fs::File;
 use std::io::BufRead;
@@ -152,11 +151,17 @@ impl Place {
                 0 => self.baked().join(name.replace(&name[..64], &other.hex())),
                 _ => self.baked().join(format!("{}-{}", &name[..64 + 1 + 16], other.hex())),
             };
-            let _ = fs::create_dir(&garbage);
+            // As a snapshot appears: whole.
+            let draft = self.kept("litter");
+            let _ = fs::remove_dir_all(&draft);
+            fs::create_dir(&draft).unwrap();
             for file in fs::read_dir(baked).unwrap().map(|entry| entry.unwrap()) {
-                let _ = fs::hard_link(file.path(), garbage.join(file.file_name()));
+                // One that is replaced meanwhile loses its files.
+                let _ = fs::hard_link(file.path(), draft.join(file.file_name()));
             }
-            File::open(&garbage).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            File::open(&draft).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            // Else it is there already, left by one that was killed.
+            let _ = fs::rename(&draft, &garbage);
         }
     }
 }
@@ -309,7 +314,7 @@ async fn diff_on(place: &Place, image: &Image) {
     let base = Snapshot::open(&place.kept("base")).unwrap();
     for n in 0.. {
         let vm = image.restore(&base, config()).await.unwrap();
-        sh(&vm, &format!("echo {n} > /tmp/n; head -c 4000000 /dev/urandom > /tmp/more")).await;
+        sh(&vm, &format!("echo {n} > /tmp/n; cat /bin/busybox /bin/busybox > /tmp/more")).await;
         say(&format!("writing {n}"));
         vm.snapshot_diff(place.kept("diff")).await.unwrap();
         say(&format!("written {n}"));
@@ -327,22 +332,20 @@ async fn restore_on(image: &Image) {
 }
 
 async fn collect_on(place: &Place, image: &Image) {
-    let baked = image.bake(config()).await.unwrap();
+    image.bake(config()).await.unwrap();
     say("ready");
     loop {
-        place.litter(&place.snapshots().0.into_iter().find(|path| is_of(path, baked.snapshot())).unwrap());
+        place.litter(&place.snapshots().0.into_iter().find(|path| !is_garbage(path)).unwrap());
         say("collecting");
         image.store().gc().await.unwrap();
         say("collected");
     }
 }
 
-fn is_of(folder: &Path, snapshot: &Snapshot) -> bool {
+/// Garbage has the digest of a number for an image or for a key.
+fn is_garbage(folder: &Path) -> bool {
     let name = folder.file_name().unwrap().to_str().unwrap();
-    // Garbage has the digest of a number for an image or for a key.
-    let garbage: HashSet<String> = (0..GARBAGE).map(|n| Digest::of(&n.to_le_bytes()).hex()).collect();
-    !garbage.iter().any(|hex| name.contains(hex))
-        && Snapshot::open(folder).is_ok_and(|found| found.digest() == snapshot.digest())
+    (0..GARBAGE).any(|n| name.contains(&Digest::of(&n.to_le_bytes()).hex()))
 }
 
 async fn works(vm: &Vm) {
@@ -423,10 +426,9 @@ async fn kill_writers(job: &str, place: &Place, image: &Image, base: Option<&Sna
     let mut longest = Duration::ZERO;
     for kill in 0..WRITE_KILLS {
         let mut process = Process::start(place, job);
-        process.expect("written 0");
-        let (begun, ended) = (process.expect("writing 1"), process.expect("written 1"));
+        let (begun, ended) = (process.expect("writing 0"), process.expect("written 0"));
         longest = longest.max(ended - begun);
-        process.expect("writing 2");
+        process.expect("writing 1");
         let life = random.sleep(longest);
         let said = process.kill();
         while_writing += usize::from(Place::has_draft(&place.kept("")));
@@ -539,13 +541,19 @@ fn processes_that_want_the_same_bake_it_once() {
     let mut one = Process::start(&place, "once");
     one.expect("warming");
     let mut others: Vec<_> = (0..2).map(|_| Process::start(&place, "once")).collect();
-    others.iter_mut().for_each(|other| drop(other.expect("ready")));
+    for other in &mut others {
+        other.expect("ready");
+    }
     one.tell();
-    let booted: usize =
-        [one].into_iter().chain(others).map(|process| (process.finish(), 1)).map(|(said, done)| {
+    let booted: usize = [one]
+        .into_iter()
+        .chain(others)
+        .map(|process| (process.finish(), 1))
+        .map(|(said, done)| {
             assert_eq!((count(&said, "baked"), count(&said, "done")), (1, done));
             count(&said, "booting")
-        }).sum();
+        })
+        .sum();
     assert_eq!(booted, 1);
 }
 
@@ -555,7 +563,9 @@ fn who_waits_for_a_bake_that_is_killed_takes_over() {
     let mut one = Process::start(&place, "once");
     one.expect("warming");
     let mut others: Vec<_> = (0..2).map(|_| Process::start(&place, "once")).collect();
-    others.iter_mut().for_each(|other| drop(other.expect("ready")));
+    for other in &mut others {
+        other.expect("ready");
+    }
     one.kill();
     // Whichever of them it is.
     others.iter_mut().for_each(Process::tell);

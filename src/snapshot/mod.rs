@@ -161,12 +161,7 @@ impl Snapshot {
         Self::assemble(folder, manifest, files, parent)
     }
 
-    fn assemble(
-        folder: &Path,
-        manifest: Manifest,
-        files: Files,
-        on: Option<&Snapshot>,
-    ) -> Result<Self, SnapshotError> {
+    fn assemble(folder: &Path, manifest: Manifest, files: Files, on: Option<&Snapshot>) -> Result<Self, SnapshotError> {
         let given = on.map(Snapshot::digest);
         match (&manifest.parent, given) {
             (Some(parent), None) => return Err(SnapshotError::NeedsParent { parent: parent.clone() }),

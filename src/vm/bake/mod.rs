@@ -134,11 +134,8 @@ impl Bakery {
             let template = Template::open(&root, &config, Provenance::known(origin.clone()))?;
             // The name and the machine id are for those who are restored.
             let nobody = GuestConfig::default();
-            let guest = GuestConfig {
-                hostname: nobody.hostname,
-                machine_id: None,
-                ..start::guest_config(&root, &config)
-            };
+            let guest =
+                GuestConfig { hostname: nobody.hostname, machine_id: None, ..start::guest_config(&root, &config) };
             let key = BakeKey::new(image.digest(), &config, &guest, &origin, template.engine.cpu_profile());
             let place = image.store().baked_place(image.digest(), &key.variant, &key.key);
             Ok(Self { image, config, guest, origin, template, key, place })
