@@ -159,7 +159,9 @@ impl Place {
                 // One that is replaced meanwhile loses its files.
                 let _ = fs::hard_link(file.path(), draft.join(file.file_name()));
             }
-            File::open(&draft).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            let manifest = draft.join("snapshot.json");
+            let _ = fs::remove_file(&manifest);
+            File::create(&manifest).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
             // Else it is there already, left by one that was killed.
             let _ = fs::rename(&draft, &garbage);
         }
