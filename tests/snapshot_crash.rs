@@ -492,8 +492,15 @@ async fn a_killed_restore_leaves_the_snapshot_as_it_was() {
     let (mut restoring, mut asking) = (0, 0);
     for kill in 0..RESTORE_KILLS {
         let mut process = Process::start(&place, "restore");
-        process.expect("ready");
-        let life = random.sleep(Duration::from_millis(60));
+        // At any time, or in the few milliseconds of a start.
+        let longest = if kill.is_multiple_of(2) {
+            process.expect("ready");
+            60
+        } else {
+            process.expect("restoring");
+            4
+        };
+        let life = random.sleep(Duration::from_millis(longest));
         let said = process.kill();
         match said.iter().rfind(|line| !line.is_empty()).map(String::as_str) {
             Some("restoring") => restoring += 1,
