@@ -131,13 +131,13 @@ async fn without_the_renewal_restored_guests_would_draw_the_same_random_numbers(
 #[tokio::test]
 async fn a_restored_guest_has_the_names_that_it_was_given() {
     let (_place, image) = busybox_image(json!({})).await;
-    let id = "00112233445566778899aabbccddeeff";
-    for name in ["one", "other"] {
+    let ids = ["00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"];
+    for (name, id) in ["one", "other"].into_iter().zip(ids) {
         let vm = image.start(config().hostname(name).machine_id(id)).await.expect("starts");
         let said = sh(&vm, "hostname; cat /etc/machine-id; cat /etc/hosts; stat -c %a /etc/machine-id").await;
         assert_eq!(said, format!("{name}\n{id}\n127.0.0.1\tlocalhost {name}\n::1\tlocalhost ip6-localhost\n444\n"));
     }
-    // Baked once: the name is not part of what is baked.
+    // Baked once: name and id are not part of what is baked.
     let baked = std::fs::read_dir(image.store().root().join("baked")).expect("is there").count();
     assert_eq!(baked, 1);
     for bad in ["", "0123", "00112233445566778899AABBCCDDEEFF"] {

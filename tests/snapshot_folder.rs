@@ -470,3 +470,36 @@ async fn write_the_golden_snapshot() {
         fs::write(Path::new(GOLDEN).join(format!("page-{:x}", n * 4096)), page).expect("written");
     }
 }
+
+#[test]
+fn a_snapshot_that_is_open_is_whole_when_another_takes_its_place() {
+    let (folder, old) = written();
+    let (state, ram) = fresh(&[code(), b"other".to_vec()].concat());
+    let new = write(&folder.path().join("one"), &state, &ram, None).expect("writes");
+    assert_ne!(old.digest(), new.digest());
+    old.verify().expect("the old one is whole");
+    new.verify().expect("the new one is whole");
+}
+
+#[test]
+fn what_is_opened_while_others_take_its_place_is_of_one_piece() {
+    let (folder, _) = written();
+    let place = folder.path().join("one");
+    let writing = std::thread::spawn({
+        let place = place.clone();
+        move || {
+            for n in 0..150_u32 {
+                let (state, ram) = fresh(&[code(), n.to_le_bytes().to_vec()].concat());
+                write(&place, &state, &ram, None).expect("writes");
+            }
+        }
+    });
+    let mut seen = std::collections::HashSet::new();
+    while !writing.is_finished() {
+        let snapshot = Snapshot::open(&place).expect("there is always one");
+        snapshot.verify().unwrap_or_else(|error| panic!("{error:?}"));
+        seen.insert(snapshot.digest().to_owned());
+    }
+    writing.join().expect("no panic");
+    assert!(seen.len() > 10, "{} were seen", seen.len());
+}

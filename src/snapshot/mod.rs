@@ -22,17 +22,17 @@ mod write;
 pub use error::SnapshotError;
 pub use manifest::{FORMAT, Kind, Origin};
 
+use std::fs;
 use std::fs::File;
-use std::fs::OpenOptions;
 use std::io;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use sha2::{Digest as _, Sha256};
 
 use crate::block::BlockBackend;
@@ -52,6 +52,8 @@ use write::Draft;
 const MANIFEST: &str = "snapshot.json";
 const MEMORY: &str = "memory";
 const DIGESTS: &str = "memory.sha256";
+/// Attempts to open a snapshot before giving up: each loses only to a writer that puts another in its place.
+const MAX_OPENS: usize = 8;
 
 /// What goes into a snapshot.
 #[derive(Debug)]
@@ -74,6 +76,8 @@ pub struct Snapshot {
     manifest: Arc<Manifest>,
     /// The memory's file of this snapshot itself.
     file: Arc<File>,
+    /// The digests of that.
+    digests: Arc<File>,
     /// All of the memory: of a diff with the parent's below.
     memory: MemoryImage,
 }
@@ -116,7 +120,7 @@ impl Snapshot {
         let written = file.set_len(memory.size().0).and_then(|()| memory::write(memory, &extents, &file));
         let digests = written.and_then(|digests| file.sync_all().map(|()| digests));
         let digests = digests.map_err(io_error(&target.join(MEMORY)))?;
-        draft.write(DIGESTS, &digests)?;
+        let digests_file = draft.write(DIGESTS, &digests)?;
         let mut manifest = Manifest {
             format: FORMAT,
             integrity: String::new(),
@@ -132,7 +136,7 @@ impl Snapshot {
         };
         draft.write(MANIFEST, &manifest.seal()?)?;
         draft.commit(target)?;
-        Self::assemble(target, manifest, file, *since)
+        Self::assemble(target, manifest, Files { memory: file, digests: digests_file }, *since)
     }
 
     /// Opens the full snapshot in `folder` and checks all of the manifest, and the sizes of the other files. Reads
@@ -153,13 +157,11 @@ impl Snapshot {
     }
 
     fn open_over(folder: &Path, parent: Option<&Snapshot>) -> Result<Self, SnapshotError> {
-        let manifest = Manifest::parse(&read_manifest(folder)?)?;
-        let memory = open_file(folder, MEMORY, manifest.memory.size)?;
-        open_file(folder, DIGESTS, Bytes(manifest.digests_len()))?;
-        Self::assemble(folder, manifest, memory, parent)
+        let (manifest, files) = open_files(folder)?;
+        Self::assemble(folder, manifest, files, parent)
     }
 
-    fn assemble(folder: &Path, manifest: Manifest, file: File, on: Option<&Snapshot>) -> Result<Self, SnapshotError> {
+    fn assemble(folder: &Path, manifest: Manifest, files: Files, on: Option<&Snapshot>) -> Result<Self, SnapshotError> {
         let given = on.map(Snapshot::digest);
         match (&manifest.parent, given) {
             (Some(parent), None) => return Err(SnapshotError::NeedsParent { parent: parent.clone() }),
@@ -171,12 +173,13 @@ impl Snapshot {
         if on.is_some_and(|parent| parent.memory_size() != manifest.memory.size) {
             return Err(SnapshotError::Damaged("a diff of another size than its parent"));
         }
-        let (file, id) = (Arc::new(file), memory_id(&manifest));
+        let (file, id) = (Arc::new(files.memory), memory_id(&manifest));
         let memory = match on {
             Some(parent) => parent.memory.with(Arc::clone(&file), manifest.memory.extents.clone(), id),
             None => MemoryImage::new(Arc::clone(&file), manifest.memory.size, id),
         };
-        Ok(Self { folder: folder.to_owned(), manifest: Arc::new(manifest), file, memory })
+        let (manifest, digests) = (Arc::new(manifest), Arc::new(files.digests));
+        Ok(Self { folder: folder.to_owned(), manifest, file, digests, memory })
     }
 
     /// Checks that the snapshot was made from what it is to be used with.
@@ -216,9 +219,8 @@ impl Snapshot {
     /// are; [`SnapshotError::Io`].
     pub fn verify(&self) -> Result<(), SnapshotError> {
         let path = self.folder.join(DIGESTS);
-        let file = open_file(&self.folder, DIGESTS, Bytes(self.manifest.digests_len()))?;
         let mut digests = vec![0; self.manifest.digests_len() as usize];
-        file.read_exact_at(&mut digests, 0).map_err(io_error(&path))?;
+        self.digests.read_exact_at(&mut digests, 0).map_err(io_error(&path))?;
         if manifest::name_of(&Sha256::digest(&digests)) != self.manifest.memory.digests {
             return Err(SnapshotError::Damaged("the memory's digests are not those that were written"));
         }
@@ -325,12 +327,46 @@ fn memory_id(manifest: &Manifest) -> MemoryId {
     Sha256::digest(&manifest.integrity).into()
 }
 
-fn read_manifest(folder: &Path) -> Result<Vec<u8>, SnapshotError> {
-    let path = folder.join(MANIFEST);
-    let file = open_at_once(&path).map_err(|source| match source.kind() {
+/// A snapshot's files beside the manifest.
+struct Files {
+    memory: File,
+    digests: File,
+}
+
+/// The manifest and the files of one and the same snapshot, also while others are written to the place.
+fn open_files(folder: &Path) -> Result<(Manifest, Files), SnapshotError> {
+    for _ in 0..MAX_OPENS {
+        let opened = open_at_once(CWD, folder).map_err(|source| missing(folder, folder, source))?;
+        let files = files_in(folder, &opened);
+        // The old one, from which its writer has begun to remove the files.
+        let is_gone = |opened: &File| {
+            let (found, there) = (opened.metadata(), fs::metadata(folder));
+            found.is_ok_and(|found| there.is_ok_and(|there| (there.dev(), there.ino()) != (found.dev(), found.ino())))
+        };
+        if files.is_ok() || !is_gone(&opened) {
+            return files;
+        }
+    }
+    Err(SnapshotError::Missing(folder.to_owned()))
+}
+
+fn files_in(folder: &Path, opened: &File) -> Result<(Manifest, Files), SnapshotError> {
+    let manifest = Manifest::parse(&read_manifest(folder, opened)?)?;
+    let memory = open_file(folder, opened, MEMORY, manifest.memory.size)?;
+    let digests = open_file(folder, opened, DIGESTS, Bytes(manifest.digests_len()))?;
+    Ok((manifest, Files { memory, digests }))
+}
+
+fn missing(folder: &Path, path: &Path, source: io::Error) -> SnapshotError {
+    match source.kind() {
         io::ErrorKind::NotFound => SnapshotError::Missing(folder.to_owned()),
-        _ => io_error(&path)(source),
-    })?;
+        _ => io_error(path)(source),
+    }
+}
+
+fn read_manifest(folder: &Path, opened: &File) -> Result<Vec<u8>, SnapshotError> {
+    let path = folder.join(MANIFEST);
+    let file = open_at_once(opened, MANIFEST.as_ref()).map_err(|source| missing(folder, &path, source))?;
     let mut json = Vec::new();
     // A byte more than may be there tells a file that is too large.
     file.take(MANIFEST_MAX + 1).read_to_end(&mut json).map_err(io_error(&path))?;
@@ -341,9 +377,9 @@ fn read_manifest(folder: &Path) -> Result<Vec<u8>, SnapshotError> {
 }
 
 /// Opens a file that must be one, and of this size.
-fn open_file(folder: &Path, name: &'static str, wanted: Bytes) -> Result<File, SnapshotError> {
+fn open_file(folder: &Path, opened: &File, name: &'static str, wanted: Bytes) -> Result<File, SnapshotError> {
     let path = folder.join(name);
-    let file = open_at_once(&path).map_err(io_error(&path))?;
+    let file = open_at_once(opened, name.as_ref()).map_err(io_error(&path))?;
     let data = file.metadata().map_err(io_error(&path))?;
     if !data.is_file() {
         return Err(SnapshotError::Damaged("something in the folder is not a file"));
@@ -355,8 +391,9 @@ fn open_file(folder: &Path, name: &'static str, wanted: Bytes) -> Result<File, S
 }
 
 /// Does not wait for the other end of what turns out to be a pipe.
-fn open_at_once(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)
+fn open_at_once(folder: impl AsFd, name: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(openat(folder, name, flags, Mode::empty())?.into())
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {

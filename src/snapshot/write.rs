@@ -52,9 +52,10 @@ impl Draft {
     }
 
     /// A new file with `bytes`, safe on disk.
-    pub(super) fn write(&self, name: &str, bytes: &[u8]) -> Result<(), SnapshotError> {
+    pub(super) fn write(&self, name: &str, bytes: &[u8]) -> Result<File, SnapshotError> {
         let mut file = self.create(name)?;
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io_error(&self.path.join(name)))
+        let written = file.write_all(bytes).and_then(|()| file.sync_all());
+        written.map(|()| file).map_err(io_error(&self.path.join(name)))
     }
 
     /// Gives the folder its place, in the stead of what was there.

@@ -24,6 +24,10 @@ use crate::image::store::StoreError;
 /// Digits of a variant's name: enough that two of one image do not meet.
 const VARIANT_DIGITS: usize = 16;
 
+/// The file that makes a folder a snapshot. It is never written again, so it tells how old that is: the folder itself would
+/// be new once one of its files has been removed.
+const MANIFEST: &str = "snapshot.json";
+
 impl ImageStore {
     pub(super) fn baked(&self) -> PathBuf {
         self.root().join("baked")
@@ -54,11 +58,12 @@ impl ImageStore {
             if is_temporary(&name) {
                 continue;
             }
-            let baked = entry.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+            // Without a manifest, what a collector that was killed has left.
+            let baked = fs::metadata(path.join(MANIFEST)).and_then(|meta| meta.modified()).ok();
             let variant = name.to_str().and_then(|name| variant_of(name, &is_needed));
-            match variant.map(|variant| newest.entry(variant.to_owned())) {
+            match variant.map(|variant| newest.entry(variant.to_owned())).zip(baked) {
                 None => useless.push(path),
-                Some(entry) => {
+                Some((entry, baked)) => {
                     let best = entry.or_insert_with(|| (baked, path.clone()));
                     if best.1 != path {
                         let older = if best.0 < baked { std::mem::replace(best, (baked, path)).1 } else { path };
@@ -97,10 +102,6 @@ fn remove_folder(folder: &Path) -> io::Result<u64> {
     if !fs::symlink_metadata(folder).is_ok_and(|meta| meta.is_dir()) {
         return there(fs::remove_file(folder)).map(|()| bytes);
     }
-    for file in fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok) {
-        if file.path().extension().is_some_and(|extension| extension == "json") {
-            there(fs::remove_file(file.path()))?;
-        }
-    }
+    there(fs::remove_file(folder.join(MANIFEST)))?;
     there(fs::remove_dir_all(folder)).map(|()| bytes)
 }

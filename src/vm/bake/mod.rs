@@ -135,9 +135,10 @@ impl Bakery {
         run_blocking(move || {
             let origin = digests(&image, &root, &config)?;
             let template = Template::open(&root, &config, Provenance::known(origin.clone()))?;
-            // The name is for those who are restored.
+            // The name and the machine id are for those who are restored.
+            let nobody = GuestConfig::default();
             let guest =
-                GuestConfig { hostname: GuestConfig::default().hostname, ..start::guest_config(&root, &config) };
+                GuestConfig { hostname: nobody.hostname, machine_id: None, ..start::guest_config(&root, &config) };
             let key = BakeKey::new(image.digest(), &config, &guest, &origin, template.engine.cpu_profile());
             let place = image.store().baked_place(image.digest(), &key.variant, &key.key);
             Ok(Self { image, config, guest, origin, template, key, place })
