@@ -5,7 +5,9 @@ use crate::files::FileError;
 use crate::image::{CustomizeError, ImportError, LayoutError, PullError, StoreError};
 use crate::pool::{AcquireError, PoolError};
 use crate::rootfs::RootfsError;
-use crate::vm::{ShutdownError, StartError};
+use crate::snapshot::SnapshotError;
+use crate::vm::{ForkError, KeepError, ReclaimError, ShutdownError, StartError};
+use crate::vmm::PauseError;
 use crate::workload::WorkloadError;
 
 /// Any error of this crate, for callers that only pass it on.
@@ -35,6 +37,21 @@ pub enum Error {
     /// A VM did not start.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// A VM could not be paused or go on.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// A VM could not be kept on disk.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    /// A snapshot could not be opened.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A VM could not be cloned.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    /// A guest gave no memory back.
+    #[error(transparent)]
+    Reclaim(#[from] ReclaimError),
     /// A command could not be run.
     #[error(transparent)]
     Exec(#[from] ExecError),

@@ -68,6 +68,7 @@ pub use files::{FileError, GuestFileReader, GuestFileWriter, GuestFiles};
 pub use image::{Image, ImportError, LayoutError, OciImageBuilder, PullError, PullPolicy};
 pub use pool::{AcquireError, Pool, PoolBuilder, PoolError, PoolStats, PooledVm};
 pub use rootfs::RootfsError;
+pub use snapshot::{Snapshot, SnapshotError};
 pub use tcp::{GuestTcpStream, TcpForwarder};
-pub use vm::{ShutdownError, StartError, Vm, VmConfig};
+pub use vm::{Baked, ForkError, KeepError, ReclaimError, ShutdownError, StartError, Vm, VmConfig};
 pub use workload::{Workload, WorkloadBuilder, WorkloadError, WorkloadLog, WorkloadLogs};

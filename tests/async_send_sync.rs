@@ -4,6 +4,7 @@
 use std::future::Future;
 
 use futures::stream::FusedStream;
+use kiln::exec::Renewal;
 use kiln::exec::UnixConnector;
 use kiln::image::CredentialsError;
 use kiln::image::DockerConfig;
@@ -19,14 +20,15 @@ use kiln::image::RegistryAuth;
 use kiln::image::RegistryTransport;
 use kiln::image::Tls;
 use kiln::mem::GuestRam;
+use kiln::mem::MemoryImage;
 use kiln::rootfs;
 use kiln::rootfs::RootImage;
-use kiln::snapshot::Snapshot;
-use kiln::snapshot::SnapshotError;
 use kiln::transport::GuestStream;
 use kiln::vm::Assets;
 use kiln::vm::GuestRoot;
 use kiln::vm::VmEnd;
+use kiln::vmm::FreezeError;
+use kiln::vmm::Frozen;
 use kiln::vmm::Machine;
 use kiln::vmm::MachineConfig;
 use kiln::vmm::MachineState;
@@ -63,6 +65,10 @@ const _: () = {
     value::<Tls>();
     value::<Vm>();
     value::<VmConfig>();
+    value::<Baked>();
+    value::<Renewal>();
+    value::<Frozen>();
+    value::<MemoryImage>();
     value::<Pool>();
     value::<PoolBuilder>();
     value::<PoolStats>();
@@ -107,6 +113,10 @@ const _: () = {
     error::<StartError>();
     error::<WorkloadError>();
     error::<ShutdownError>();
+    error::<ForkError>();
+    error::<FreezeError>();
+    error::<KeepError>();
+    error::<ReclaimError>();
     error::<PauseError>();
     error::<SaveError>();
     error::<RestoreError>();
@@ -155,6 +165,14 @@ fn operations_that_borrow_can_move_between_threads() {
     // Only compiled: what these need exists in a running guest.
     let _ = |image: &Image, vm: &Vm| {
         sendable(image.start(VmConfig::new()));
+        sendable(image.boot(VmConfig::new()));
+        sendable(image.bake(VmConfig::new()));
+        sendable(vm.pause());
+        sendable(vm.resume());
+        sendable(vm.snapshot("folder"));
+        sendable(vm.snapshot_diff("folder"));
+        sendable(vm.fork(2));
+        sendable(vm.reclaim_memory());
         spawnable(image.pool().build());
         sendable(rootfs::build(image));
         spawnable(rootfs::Builder::new(image).build());
@@ -180,6 +198,8 @@ fn operations_that_borrow_can_move_between_threads() {
     };
     let _ = |child: &mut ExecChild| sendable(child.wait());
     let _ = |machine: &mut Machine| sendable(machine.pause());
+    let _ = |machine: &mut Machine| sendable(machine.freeze());
+    let _ = |baked: &Baked| sendable(baked.start());
     let _ = |machine: &mut Machine, free, deadline| sendable(machine.give_memory_back(free, deadline));
     let _ = |machine: &Machine, snapshot: &Snapshot, engine: &hv::soft::Soft| {
         sendable(machine.save());

@@ -169,7 +169,7 @@ async fn ten_diffs_in_a_row_are_what_a_full_snapshot_is() {
             let chain = open_chain(folder.path(), n - 1);
             machine = image.restore(&chain, config()).await.expect("restores");
         }
-        let old = if n > 3 { n - 3 } else { 0 };
+        let old = n.saturating_sub(3);
         let line = "head -c 300000 /dev/urandom > /tmp/NEW; sha256sum /tmp/[0-9]* > /tmp/sums; rm -f /tmp/OLD";
         sh(&machine, &line.replace("NEW", &n.to_string()).replace("OLD", &old.to_string())).await;
         // Paused, so that the two are of the same instant.

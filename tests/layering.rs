@@ -43,7 +43,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Many VMs of one image; what a VM is made of is none of its business.
     ("pool", &["image", "vm"]),
     // The umbrella over the operations' errors.
-    ("error", &["image", "rootfs", "exec", "files", "workload", "vm", "pool"]),
+    ("error", &["image", "rootfs", "vmm", "snapshot", "exec", "files", "workload", "vm", "pool"]),
 ];
 
 #[test]
