@@ -367,7 +367,9 @@ fn missing(folder: &Path, path: &Path, source: io::Error) -> SnapshotError {
 fn read_manifest(folder: &Path, opened: &File) -> Result<Vec<u8>, SnapshotError> {
     let path = folder.join(MANIFEST);
     let file = open_at_once(opened, MANIFEST.as_ref()).map_err(|source| missing(folder, &path, source))?;
-    let mut json = Vec::new();
+    // Room for all of it at once; the size is only a hint.
+    let size = file.metadata().map_or(0, |data| data.len()).min(MANIFEST_MAX);
+    let mut json = Vec::with_capacity(size as usize + 1);
     // A byte more than may be there tells a file that is too large.
     file.take(MANIFEST_MAX + 1).read_to_end(&mut json).map_err(io_error(&path))?;
     if json.len() as u64 > MANIFEST_MAX {
