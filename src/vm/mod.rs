@@ -53,6 +53,7 @@ use crate::transport::Connector;
 use crate::vmm::Machine;
 use crate::vmm::console::Console;
 use driver::DriverHandle;
+use start::Sources;
 use template::Template;
 
 /// Lines of console output that an error carries.
@@ -86,8 +87,9 @@ impl Vm {
     pub async fn start(root: GuestRoot, config: VmConfig) -> Result<Self, StartError> {
         let guest = start::guest_config(&root, &config);
         start::boot(config, guest, move |config| {
-            let provenance = start::provenance(&root, config)?;
-            Template::open(&root, config, provenance)
+            let sources = Sources::open(config)?;
+            let provenance = start::provenance(&root, &sources)?;
+            Ok((Template::open(&root, config, provenance)?, sources))
         })
         .await
     }

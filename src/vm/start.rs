@@ -19,6 +19,7 @@ use super::config::Kernel;
 use super::config::VmConfig;
 use super::error::StartError;
 use super::template::Files;
+use super::template::FromStart;
 use super::template::Provenance;
 use super::template::Template;
 use super::template::digest_of;
@@ -39,19 +40,37 @@ use crate::vmm::boot::cpio;
 /// Largest agent taken into an initramfs; ours is a few MiB.
 const AGENT_MAX: u64 = 64 << 20;
 
-/// Boots `guest` from `root` and waits until its agent answers.
+/// The files that a guest boots from, open: they stay the same ones whatever becomes of their names.
+#[derive(Debug)]
+pub(super) struct Sources {
+    pub(super) kernel: (PathBuf, File),
+    pub(super) agent: (PathBuf, File),
+}
+
+impl Sources {
+    pub(super) fn open(config: &VmConfig) -> Result<Self, StartError> {
+        Ok(Self { kernel: open_kernel(config)?, agent: open_agent(config)? })
+    }
+
+    /// The same files once more.
+    pub(super) fn again(&self) -> Result<Self, StartError> {
+        Ok(Self { kernel: again(&self.kernel)?, agent: again(&self.agent)? })
+    }
+}
+
+/// Boots `guest` and waits until its agent answers.
 ///
 /// # Cancel safety
 /// Dropping the future stops what has been started.
 pub(super) async fn boot(
     config: VmConfig,
     guest: GuestConfig,
-    template: impl FnOnce(&VmConfig) -> Result<Template, StartError> + Send + 'static,
+    prepare: impl FnOnce(&VmConfig) -> Result<(Template, Sources), StartError> + Send + 'static,
 ) -> Result<Vm, StartError> {
     let answer = config.boot_timeout;
     let (machine, template) = run_blocking(move || {
-        let template = template(&config)?;
-        let machine = machine(&config, &guest, &template)?;
+        let (template, sources) = prepare(&config)?;
+        let machine = machine(&config, &guest, &template, sources)?;
         Ok::<_, StartError>((machine, template))
     })
     .await?;
@@ -62,9 +81,14 @@ pub(super) async fn boot(
 }
 
 /// Reads the files and starts the machine. Blocks for as long as reading a kernel takes.
-fn machine(config: &VmConfig, guest: &GuestConfig, template: &Template) -> Result<Machine, StartError> {
-    let ((kernel_path, kernel), (agent_path, agent)) = (open_kernel(config)?, open_agent(config)?);
-    let agent = read_agent(&agent_path, agent)?;
+fn machine(
+    config: &VmConfig,
+    guest: &GuestConfig,
+    template: &Template,
+    sources: Sources,
+) -> Result<Machine, StartError> {
+    let Sources { kernel: (kernel_path, kernel), agent: (agent_path, agent) } = sources;
+    let agent = read_agent(&agent_path, &agent)?;
     let machine = MachineConfig {
         memory: config.memory,
         kernel,
@@ -138,7 +162,7 @@ pub(super) fn guest_config(root: &GuestRoot, config: &VmConfig) -> GuestConfig {
 }
 
 /// The guest kernel and where it is.
-pub(super) fn open_kernel(config: &VmConfig) -> Result<(PathBuf, File), StartError> {
+fn open_kernel(config: &VmConfig) -> Result<(PathBuf, File), StartError> {
     let path = match &config.kernel {
         Kernel::Path(path) => path.clone(),
         Kernel::Cached => assets(config)?.kernel(),
@@ -148,13 +172,18 @@ pub(super) fn open_kernel(config: &VmConfig) -> Result<(PathBuf, File), StartErr
 }
 
 /// The agent and where it is.
-pub(super) fn open_agent(config: &VmConfig) -> Result<(PathBuf, File), StartError> {
+fn open_agent(config: &VmConfig) -> Result<(PathBuf, File), StartError> {
     let path = match &config.agent {
         Agent::Path(path) => path.clone(),
         Agent::Cached => assets(config)?.agent(),
     };
     let file = open(&path, StartError::agent_missing)?;
     Ok((path, file))
+}
+
+fn again((path, file): &(PathBuf, File)) -> Result<(PathBuf, File), StartError> {
+    let file = file.try_clone().map_err(|source| StartError::Unreadable { path: path.clone(), source })?;
+    Ok((path.clone(), file))
 }
 
 /// What names the content of a root filesystem; reads it all if nobody has said.
@@ -168,12 +197,13 @@ pub(super) fn root_digest(root: &GuestRoot) -> Result<String, StartError> {
 }
 
 /// The files of a guest's origin, open, to be digested when somebody asks.
-pub(super) fn provenance(root: &GuestRoot, config: &VmConfig) -> Result<Provenance, StartError> {
+pub(super) fn provenance(root: &GuestRoot, sources: &Sources) -> Result<Provenance, StartError> {
+    let Sources { kernel, agent } = sources.again()?;
     let files = Files {
         root: open_all(&root.files)?,
         root_digest: root.digest.clone(),
-        kernel: Some(open_kernel(config)?.1),
-        agent: Some(open_agent(config)?.1),
+        kernel: Some(kernel.1),
+        agent: Some(agent.1),
     };
     Ok(Provenance::of(files))
 }
@@ -196,10 +226,10 @@ fn open(path: &Path, missing: fn(PathBuf) -> StartError) -> Result<File, StartEr
     })
 }
 
-fn read_agent(path: &Path, file: File) -> Result<Vec<u8>, StartError> {
+fn read_agent(path: &Path, file: &File) -> Result<Vec<u8>, StartError> {
     let mut agent = Vec::new();
     // A byte more than may be there tells one that is too large.
-    let read = file.take(AGENT_MAX + 1).read_to_end(&mut agent);
+    let read = FromStart::of(file).take(AGENT_MAX + 1).read_to_end(&mut agent);
     read.map_err(|source| StartError::Unreadable { path: path.to_owned(), source })?;
     if agent.len() as u64 > AGENT_MAX {
         return Err(StartError::Config("the agent is too large for an initramfs"));

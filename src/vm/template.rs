@@ -131,7 +131,7 @@ impl Files {
 pub(super) fn digest_of(files: &[File]) -> io::Result<Digest> {
     let (mut hasher, mut piece) = (Sha256::new(), vec![0; PIECE]);
     for file in files {
-        let mut file = Positioned { file, at: 0 };
+        let mut file = FromStart::of(file);
         loop {
             match file.read(&mut piece) {
                 Ok(0) => break,
@@ -145,12 +145,18 @@ pub(super) fn digest_of(files: &[File]) -> io::Result<Digest> {
 }
 
 /// Reads a file from its beginning without moving the position that all its handles share.
-struct Positioned<'a> {
+pub(super) struct FromStart<'a> {
     file: &'a File,
     at: u64,
 }
 
-impl Read for Positioned<'_> {
+impl<'a> FromStart<'a> {
+    pub(super) const fn of(file: &'a File) -> Self {
+        Self { file, at: 0 }
+    }
+}
+
+impl Read for FromStart<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = std::os::unix::fs::FileExt::read_at(self.file, buffer, self.at)?;
         self.at += count as u64;

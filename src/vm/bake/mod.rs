@@ -27,6 +27,7 @@ use super::error::StartError;
 use super::restore;
 use super::restore::Identity;
 use super::start;
+use super::start::Sources;
 use super::template::Provenance;
 use super::template::Template;
 use super::template::digest_of;
@@ -122,6 +123,8 @@ struct Bakery {
     image: Image,
     config: VmConfig,
     guest: GuestConfig,
+    /// What the digests are of, and what is booted.
+    sources: Sources,
     origin: Origin,
     template: Template,
     key: BakeKey,
@@ -133,7 +136,8 @@ impl Bakery {
         let root = image.root(&config).await?;
         let image = image.clone();
         run_blocking(move || {
-            let origin = digests(&image, &root, &config)?;
+            let sources = Sources::open(&config)?;
+            let origin = digests(&image, &root, &sources)?;
             let template = Template::open(&root, &config, Provenance::known(origin.clone()))?;
             // The name and the machine id are for those who are restored.
             let nobody = GuestConfig::default();
@@ -141,7 +145,7 @@ impl Bakery {
                 GuestConfig { hostname: nobody.hostname, machine_id: None, ..start::guest_config(&root, &config) };
             let key = BakeKey::new(image.digest(), &config, &guest, &origin, template.engine.cpu_profile());
             let place = image.store().baked_place(image.digest(), &key.variant, &key.key);
-            Ok(Self { image, config, guest, origin, template, key, place })
+            Ok(Self { image, config, guest, sources, origin, template, key, place })
         })
         .await
     }
@@ -222,7 +226,8 @@ impl Bakery {
 
     async fn boot(&self) -> Result<Vm, StartError> {
         let template = Template::like(&self.template, &self.origin);
-        start::boot(self.config.clone(), self.guest.clone(), |_| Ok(template)).await
+        let sources = self.sources.again()?;
+        start::boot(self.config.clone(), self.guest.clone(), |_| Ok((template, sources))).await
     }
 }
 
@@ -234,13 +239,12 @@ async fn run_a_command(vm: &Vm) {
 }
 
 /// The digests of what a guest is made from, read or remembered. Blocking.
-fn digests(image: &Image, root: &GuestRoot, config: &VmConfig) -> Result<Origin, StartError> {
+fn digests(image: &Image, root: &GuestRoot, sources: &Sources) -> Result<Origin, StartError> {
     let known = image.store().file_digests();
-    let digest = |path: PathBuf, file: fs::File| {
-        let digest = known.of(&file, || digest_of(std::slice::from_ref(&file)));
-        digest.map(|digest| digest.to_string()).map_err(|source| StartError::Unreadable { path, source })
+    let digest = |(path, file): &(PathBuf, fs::File)| {
+        let digest = known.of(file, || digest_of(std::slice::from_ref(file)));
+        digest.map(|digest| digest.to_string()).map_err(|source| StartError::Unreadable { path: path.clone(), source })
     };
-    let (kernel, agent) = (start::open_kernel(config)?, start::open_agent(config)?);
     let root = root.digest.clone().ok_or(StartError::Config("a root filesystem without a digest"))?;
-    Ok(Origin { root, kernel: digest(kernel.0, kernel.1)?, agent: digest(agent.0, agent.1)? })
+    Ok(Origin { root, kernel: digest(&sources.kernel)?, agent: digest(&sources.agent)? })
 }
