@@ -1,4 +1,5 @@
-//! Guest RAM: the only owner of guest mappings, and the first of the unsafe fences.
+//! Guest RAM: the only owner of guest mappings, and two of the unsafe fences: the mapping itself, and what the
+//! host's kernel is asked about its pages.
 //!
 //! RAM is one host mapping, anonymous or a private one of a saved guest's memory. Guest-physically it lies in at most two pieces: from 0 up to
 //! [`HOLE_START`], and what does not fit from [`HOLE_END`] on; the hole between them belongs to MMIO.
@@ -20,9 +21,12 @@ mod freeze;
 mod image;
 mod page_set;
 mod ram;
+#[cfg_attr(not(all(target_os = "linux", target_arch = "x86_64")), path = "watch_none.rs")]
+mod watch;
 
 pub use code_pages::{CodePages, CodePagesSlice};
 pub use extent::Extent;
+pub use freeze::{CopiedMemory, MemoryCopy};
 pub(crate) use freeze::{is_zero, write_data};
 pub use image::{MemoryId, MemoryImage};
 pub use page_set::PageSet;

@@ -1,7 +1,7 @@
 //! Which pages of a mapping of files were written: what the host's kernel knows, so that no store need be watched.
 //!
 //! A private mapping's page is the file's until the first write makes it a copy. Linux says in `/proc/self/pagemap`
-//! which pages are copies. Elsewhere, or where that is not allowed, nobody knows, and whoever asks must compare.
+//! which pages are copies, range by range or, where it is older, page by page. Elsewhere, or where that is not allowed, nobody knows, and whoever asks must compare.
 
 use super::Extent;
 use crate::units::PAGE_SIZE;
@@ -14,6 +14,11 @@ pub struct PageSet {
 }
 
 impl PageSet {
+    /// No page of the `len` bytes of RAM.
+    pub(super) fn none(len: u64) -> Self {
+        Self { bits: vec![0; (len / PAGE_SIZE).div_ceil(64) as usize] }
+    }
+
     /// Whether the page that holds RAM offset `offset` is in it.
     #[must_use]
     pub fn contains(&self, offset: u64) -> bool {
@@ -39,9 +44,30 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages of `others`.
+    pub(super) fn unite(&mut self, others: &Self) {
+        self.bits.iter_mut().zip(&others.bits).for_each(|(word, other)| *word |= other);
+    }
+
+    /// Those that are not in `others`.
+    pub(super) fn without(&self, others: &Self) -> Self {
+        Self { bits: self.bits.iter().zip(&others.bits).map(|(word, other)| word & !other).collect() }
+    }
+
+    /// How many pages are in it.
+    pub(super) fn count(&self) -> u64 {
+        self.bits.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
     /// The pages of `len` bytes of this process's memory from `address` on that belong to no file.
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     pub(super) fn private(address: u64, len: u64) -> Option<Self> {
+        super::watch::private(address, len).ok().or_else(|| Self::read_private(address, len))
+    }
+
+    /// As [`private`](Self::private), entry by entry, which every kernel tells.
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub(super) fn read_private(address: u64, len: u64) -> Option<Self> {
         use std::fs::File;
         use std::os::unix::fs::FileExt as _;
 

@@ -144,6 +144,8 @@ pub struct GuestRam {
     code_pages: CodePages,
     low: u64,
     source: Option<MemoryImage>,
+    /// Whether what nobody has written reads as zeros.
+    zeroed: bool,
 }
 
 impl GuestRam {
@@ -164,7 +166,7 @@ impl GuestRam {
             )
         }
         .map_err(|e| RamError::Map(size, e.into()))?;
-        Self::over(Mapping::new(base, len)?)
+        Ok(Self { zeroed: true, ..Self::over(Mapping::new(base, len)?)? })
     }
 
     /// Maps `size` bytes of `file` from byte `offset` on as RAM, copy-on-write: what the guest writes stays in this
@@ -220,6 +222,7 @@ impl GuestRam {
         if found.0 < offset + len.0 {
             return Err(RamError::FileTooShort { found, offset, wanted: len });
         }
+        self.zeroed = false;
         // SAFETY: `start` and `pages` are whole pages in this mapping (`range`, `checked_len`), so the fixed address
         // replaces memory that only this value owns, and nobody uses it meanwhile (`&mut self`). No Rust reference
         // points into it, and it stays readable and writable. For the file see `from_file`.
@@ -249,6 +252,11 @@ impl GuestRam {
         self.source.as_ref()
     }
 
+    /// Whether it is known what RAM was before anybody wrote to it: zeros, or its [`source`](Self::source).
+    pub(super) fn began_known(&self) -> bool {
+        self.zeroed || self.source.is_some()
+    }
+
     /// The pages in which RAM may differ from the image called `id`; `None` when that is not known, as it is not unless
     /// RAM was mapped from that image or from one that builds on it.
     #[must_use]
@@ -262,7 +270,12 @@ impl GuestRam {
     /// The pages that may have been written since the files were mapped; `None` when the host does not tell.
     #[must_use]
     pub fn private_pages(&self) -> Option<PageSet> {
-        PageSet::private(self.mapping.base.as_ptr() as u64, self.size().0)
+        PageSet::private(self.address(), self.size().0)
+    }
+
+    /// Where the host has it.
+    pub(super) fn address(&self) -> u64 {
+        self.mapping.base.as_ptr() as u64
     }
 
     fn over(mapping: Mapping) -> Result<Self, RamError> {
@@ -274,7 +287,7 @@ impl GuestRam {
             regions.push(region(&mapping, HOLE_END, low, size.0 - low, &code_pages)?);
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| RamError::Map(size, io::Error::other(e)))?;
-        Ok(Self { memory, mapping, code_pages, low, source: None })
+        Ok(Self { memory, mapping, code_pages, low, source: None, zeroed: false })
     }
 
     /// The devices' view, in guest-physical addresses.

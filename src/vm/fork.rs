@@ -33,7 +33,8 @@ impl Vm {
     /// Each has the host's time, entropy of its own and a machine id of its own; the host name is this one's. Connections to
     /// this VM stay here; a clone sees them reset. A clone is a VM like any other, and can be cloned too.
     ///
-    /// This VM stands still while the memory that it has written is copied, once for all clones, and then goes on.
+    /// The memory that this VM has written is copied while it runs, once for all clones; it stands still for the end of that,
+    /// and for all of it on a host that does not tell what is written meanwhile (before Linux 6.7).
     ///
     /// # Errors
     /// [`ForkError`]; no clone is left then.

@@ -30,7 +30,7 @@ pub enum KeepError {
 
 impl Vm {
     /// Writes the VM, as it is at one instant, to the folder `target`, in the stead of a snapshot that is there. It stands
-    /// still while its state and the memory that it has written are taken, and runs on while they are written to disk.
+    /// still while its state and the memory that it has written lately are taken, and runs on while they are written to disk.
     ///
     /// Connections to the guest are no part of it: a guest that is restored sees them reset.
     ///

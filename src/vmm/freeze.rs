@@ -1,6 +1,14 @@
 //! A machine at one instant, kept while the machine goes on: what clones and snapshots are made from.
+//!
+//! ```text
+//!   machine  runs -------------------- | pause: state | ------------- runs
+//!   memory       copied, most of it    | the rest     |  made an image
+//! ```
 
 use std::sync::Arc;
+use std::time::Instant;
+
+use tokio_util::sync::CancellationToken;
 
 use super::Machine;
 use super::MachineError;
@@ -10,6 +18,7 @@ use super::state::RestoreError;
 use crate::block::BlockBackend;
 use crate::hv::Hypervisor;
 use crate::mem::GuestRam;
+use crate::mem::MemoryCopy;
 use crate::mem::MemoryImage;
 use crate::mem::RamError;
 
@@ -54,8 +63,9 @@ impl Frozen {
 }
 
 impl Machine {
-    /// Keeps the machine as it is now. One that runs is paused for as long as it takes to save its state and to copy the
-    /// memory that it has written, and then goes on; one that is paused stays so.
+    /// Keeps the machine as it is now, or in a moment: most of the memory that it has written is copied while it runs. Then
+    /// it is paused for as long as it takes to save its state and to copy what it has written meanwhile, and goes on. On a
+    /// host that does not tell what is written (before Linux 6.7) all is copied in the pause. One that is paused stays so.
     ///
     /// # Errors
     /// [`FreezeError`]; the machine goes on as it was, if it has not ended.
@@ -74,18 +84,36 @@ impl Machine {
     /// # Ok(()) }
     /// ```
     pub async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
+        let memory = Arc::clone(self.memory());
+        let copy = if self.is_paused() { MemoryCopy::of_still(memory)? } else { copy_ahead(memory).await? };
+        let began = Instant::now();
         let stopped = Stopped { goes_on: !self.is_paused(), machine: self };
         stopped.machine.pause().await?;
         let state = Arc::new(stopped.machine.save().await?);
-        let memory = Arc::clone(stopped.machine.memory());
-        let copying = tokio::task::spawn_blocking(move || memory.freeze());
-        match copying.await {
-            Ok(memory) => Ok(Frozen { state, memory: memory? }),
-            Err(join) => match join.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => Err(FreezeError::Shutdown),
-            },
-        }
+        let copied = blocking(move || copy.finish()).await?;
+        drop(stopped);
+        tracing::debug!(paused = ?began.elapsed(), "the machine is kept as it was");
+        let memory = blocking(move || copied.into_image()).await?;
+        Ok(Frozen { state, memory })
+    }
+}
+
+/// Copies memory that is being written. Cancelled, it comes to an end soon, by itself.
+async fn copy_ahead(memory: Arc<GuestRam>) -> Result<MemoryCopy, FreezeError> {
+    let unwanted = CancellationToken::new();
+    let _guard = unwanted.clone().drop_guard();
+    blocking(move || MemoryCopy::begin(memory, &|| !unwanted.is_cancelled())).await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RamError> + Send + 'static,
+) -> Result<T, FreezeError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => Ok(done?),
+        Err(join) => match join.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(FreezeError::Shutdown),
+        },
     }
 }
 
