@@ -7,6 +7,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod cache;
+pub(crate) mod footprint;
 pub(crate) mod image;
 pub(crate) mod qemu;
 pub(crate) mod qemu_restore;
@@ -83,7 +84,7 @@ pub(crate) fn report(title: &str, subject: &Sample, yardsticks: &[Sample]) {
     for sample in std::iter::once(subject).chain(yardsticks) {
         let ratio = sample.median().as_secs_f64() / best.as_secs_f64();
         let [median, fastest, slowest] =
-            [sample.median(), sample.times[0], sample.times[sample.times.len() - 1]].map(milliseconds);
+            [sample.median(), sample.times[0], sample.times[sample.times.len() - 1]].map(readable);
         println!("{:<24}{median:>12}{fastest:>12}{slowest:>12}{ratio:>12.2}", sample.name);
     }
 }
@@ -95,7 +96,7 @@ pub(crate) fn report_tail(title: &str, samples: &[&Sample]) {
     for sample in samples {
         let rounds = sample.times.len();
         let [p50, p99, fastest, slowest] =
-            [sample.median(), sample.p99(), sample.times[0], sample.times[rounds - 1]].map(milliseconds);
+            [sample.median(), sample.p99(), sample.times[0], sample.times[rounds - 1]].map(readable);
         println!("{:<24}{p50:>12}{p99:>12}{fastest:>12}{slowest:>12}{rounds:>8}", sample.name);
     }
 }
@@ -113,11 +114,21 @@ pub(crate) fn report_rates(title: &str, amount: f64, unit: &str, subject: &Sampl
     }
 }
 
+/// The load of the machine in the last minute, which every figure depends on.
+pub(crate) fn note_load() {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    note(&format!("load of the machine: {}, with {processors} processors", load.split(' ').next().unwrap_or("unknown")));
+}
+
 /// Prints what fits no table.
 pub(crate) fn note(text: &str) {
     println!("{text}");
 }
 
-fn milliseconds(time: Duration) -> String {
+fn readable(time: Duration) -> String {
+    if time < Duration::from_micros(100) {
+        return format!("{:.2} us", time.as_secs_f64() * 1e6);
+    }
     format!("{:.2} ms", time.as_secs_f64() * 1e3)
 }

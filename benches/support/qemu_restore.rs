@@ -105,6 +105,17 @@ pub(crate) struct Saved {
     memory: Memory,
     kernel: PathBuf,
     root: PathBuf,
+    /// What saving it took.
+    cost: SaveCost,
+}
+
+/// What it took QEMU to save a guest, by its own clock. It does not wait for the disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SaveCost {
+    /// From the command until the file is written.
+    pub(crate) whole: Duration,
+    /// How long the guest stood still meanwhile.
+    pub(crate) pause: Duration,
 }
 
 /// A running QEMU with the guest; killed on drop.
@@ -124,7 +135,8 @@ impl Saved {
     /// Boots once from the disk image `root`, and saves the guest when the agent and the relay are ready.
     pub(crate) fn make(kernel: &Path, agent: &Path, root: &Path, memory: Memory) -> Self {
         let folder = tempfile::tempdir_in(super::image::scratch()).expect("temporary folders can be made");
-        let saved = Self { folder, memory, kernel: kernel.to_owned(), root: root.to_owned() };
+        let cost = SaveCost::default();
+        let mut saved = Self { folder, memory, kernel: kernel.to_owned(), root: root.to_owned(), cost };
         saved.pack_initramfs(agent);
         let mut command = saved.command(false, free_port());
         let mut guest = Guest { process: spawn(command.arg("-serial").arg("stdio").stdout(Stdio::piped())) };
@@ -138,11 +150,22 @@ impl Saved {
         let uri = format!("exec:cat > '{}'", saved.file("migration").display());
         control.execute("migrate", json!({ "uri": uri }));
         let deadline = Instant::now() + DEADLINE;
-        while control.execute("query-migrate", json!({}))["status"] != "completed" {
+        let answer = loop {
+            let answer = control.execute("query-migrate", json!({}));
+            if answer["status"] == "completed" {
+                break answer;
+            }
             assert!(Instant::now() < deadline, "QEMU's migration takes too long");
             thread::sleep(Duration::from_millis(10));
-        }
+        };
+        let time = |name: &str| Duration::from_millis(answer[name].as_u64().expect("QEMU says how long it took"));
+        saved.cost = SaveCost { whole: time("total-time"), pause: time("downtime") };
         saved
+    }
+
+    /// What saving took.
+    pub(crate) fn cost(&self) -> SaveCost {
+        self.cost
     }
 
     /// Restores the guest and runs `/bin/echo x` by its agent. The time counts from starting the process to the
