@@ -84,7 +84,9 @@ async fn memory(name: &str, before: Footprint, guests: Vec<Vm>) {
     let count = guests.len();
     let note = |when: &str| {
         let (guest, own) = Footprint::now().each_since(&before, count);
-        support::note(&format!("each {name} of {count}, {when}: {own} KiB of ours, and {guest} KiB that the guest wrote"));
+        support::note(&format!(
+            "each {name} of {count}, {when}: {own} KiB of ours, and {guest} KiB that the guest wrote"
+        ));
     };
     tokio::time::sleep(SETTLE).await;
     note("idle");

@@ -153,12 +153,7 @@ async fn run_one(pool: &Pool, snippet: &str, timeout: Duration) -> Result<ExecOu
 }
 
 /// A line that says how it ended, and what it printed.
-fn report(
-    index: usize,
-    snippet: &str,
-    result: &Result<ExecOutcome, Failure>,
-    took: Duration,
-) -> io::Result<Vec<u8>> {
+fn report(index: usize, snippet: &str, result: &Result<ExecOutcome, Failure>, took: Duration) -> io::Result<Vec<u8>> {
     let end = match result {
         Ok(outcome) if outcome.timed_out => "not done in time".to_owned(),
         Ok(outcome) => outcome.status.to_string(),

@@ -106,7 +106,9 @@ fn arguments() {
     };
     assert_eq!(parse("alpine"), Some(options(4, 10, &[])));
     assert_eq!(parse("--max 9 --timeout 3 alpine ls --max"), Some(options(9, 3, &["ls", "--max"])));
-    for wrong in ["", "--max", "--max 0 alpine", "--max 3", "--timeout -1 alpine", "--timeout x alpine", "--other alpine"] {
+    for wrong in
+        ["", "--max", "--max 0 alpine", "--max 3", "--timeout -1 alpine", "--timeout x alpine", "--other alpine"]
+    {
         assert_eq!(parse(wrong).filter(|options| !options.image.is_empty()), None, "{wrong}");
     }
 }

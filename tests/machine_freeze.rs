@@ -88,8 +88,10 @@ fn check(frozen: &Frozen) -> u64 {
 
 /// Numbers in no order.
 fn random(seed: u64) -> impl Iterator<Item = u64> {
-    std::iter::successors(Some(seed), |n| Some(n.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f)))
-        .map(|n| n >> 33)
+    std::iter::successors(Some(seed), |n| {
+        Some(n.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f))
+    })
+    .map(|n| n >> 33)
 }
 
 async fn freeze_often(machine: &mut Machine, seed: u64) -> Frozen {

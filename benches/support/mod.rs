@@ -118,7 +118,10 @@ pub(crate) fn report_rates(title: &str, amount: f64, unit: &str, subject: &Sampl
 pub(crate) fn note_load() {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    note(&format!("load of the machine: {}, with {processors} processors", load.split(' ').next().unwrap_or("unknown")));
+    note(&format!(
+        "load of the machine: {}, with {processors} processors",
+        load.split(' ').next().unwrap_or("unknown")
+    ));
 }
 
 /// Prints what fits no table.

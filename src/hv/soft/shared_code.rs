@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn clones_share_with_their_origin_and_strangers_do_not() {
         let code = SharedCode::default();
-        let one = image(1).map().unwrap();
+        let one = Arc::new(image(1).map().unwrap());
         let clone = one.freeze().unwrap().map().unwrap();
         let blocks = |ram: &GuestRam| code.blocks(ram).unwrap();
         assert!(Arc::ptr_eq(&blocks(&one), &blocks(&clone)));
