@@ -46,8 +46,8 @@ impl CodeCache {
         let translator = Translator::new();
         let mut cache = Self {
             arena: Vec::with_capacity(MAX_OPS + 128),
-            // A kernel's boot decodes some tens of thousands.
-            blocks: HashMap::with_capacity_and_hasher(1 << 15, FxBuildHasher),
+            // A kernel's boot decodes some tens of thousands, a guest that is restored and idle a few thousand.
+            blocks: HashMap::with_capacity_and_hasher(1 << 11, FxBuildHasher),
             pages: HashMap::default(),
             translator,
             shared,

@@ -23,7 +23,10 @@ pub(in super::super) struct JumpCache(Box<[JumpEntry; JUMP_ENTRIES]>);
 impl JumpCache {
     pub(in super::super) fn new() -> Self {
         // No instruction lies at the last byte of the address space and is worth remembering.
-        Self(Box::new([JumpEntry { va: u64::MAX, key: 0, block: UNLINKED }; JUMP_ENTRIES]))
+        let nothing = JumpEntry { va: u64::MAX, key: 0, block: UNLINKED };
+        // Not by way of an array, which would be made on the stack and keep it large.
+        let entries = vec![nothing; JUMP_ENTRIES].into_boxed_slice();
+        Self(entries.try_into().expect("as many entries as were asked for"))
     }
 
     #[inline(always)]

@@ -59,7 +59,7 @@ impl Blk {
         let mut padded = [0; ID_LEN];
         let len = id.len().min(ID_LEN);
         padded[..len].copy_from_slice(&id.as_bytes()[..len]);
-        Self { backend, id: padded, piece: vec![0; PIECE] }
+        Self { backend, id: padded, piece: Vec::new() }
     }
 
     /// A last sector that is not whole counts, and reads as zeros past the end.
@@ -97,7 +97,12 @@ impl Blk {
         // In range, so the product is at most the backend's size and a sector.
         let start = sector * SECTOR;
         for at in (0..len).step_by(PIECE) {
-            let piece = &mut self.piece[..PIECE.min(len - at)];
+            let wanted = PIECE.min(len - at);
+            // Made when it is needed: many guests that are restored never read their disk.
+            if self.piece.len() < wanted {
+                self.piece.resize(wanted, 0);
+            }
+            let piece = &mut self.piece[..wanted];
             if let Err(error) = read_padded(&*self.backend, start + at as u64, piece) {
                 tracing::warn!(offset = start + at as u64, %error, "reading a disk image");
                 return Status::IoError;
