@@ -9,14 +9,13 @@ use std::sync::Arc;
 
 use rustc_hash::FxBuildHasher;
 
-use crate::mem::GuestRam;
 use crate::units::PAGE_SIZE;
 
 use super::cpu::Cpu;
 use super::fast::branch;
 use super::fast::{Op, Patch, UNLINKED};
 use super::shared_code::Blocks;
-use super::translate::{Decoded, Translator};
+use super::translate::{Block, Translator};
 
 /// Operations kept before everything is dropped and decoded anew: 32 MiB of them.
 const MAX_OPS: usize = 1 << 20;
@@ -69,16 +68,8 @@ impl CodeCache {
         if self.arena.len() > MAX_OPS {
             self.clear(cpu);
         }
-        let decoded = self.decoded(&cpu.ram, at);
-        let (op, bytes) = (self.arena.len() as u32, decoded.bytes());
-        self.arena.extend_from_slice(&decoded.ops);
-        let first = cpu.general.len() as u64;
-        cpu.general.extend_from_slice(&decoded.general);
-        for &general in &decoded.general_ops {
-            if let Some(op) = self.arena.get_mut(op as usize + usize::from(general)) {
-                op.imm += first;
-            }
-        }
+        let op = self.arena.len() as u32;
+        let bytes = self.decode(cpu, at);
         self.blocks.insert(at, op);
         self.pages.entry(at / PAGE_SIZE).or_default().push(Extent { start: at, bytes, op });
         if cpu.code_map.mark(at, bytes) {
@@ -88,16 +79,30 @@ impl CodeCache {
         op
     }
 
-    /// The block at a RAM offset, as somebody has decoded it before, or decoded here.
-    fn decoded(&mut self, ram: &GuestRam, at: u64) -> Arc<Decoded> {
-        let known = self.shared.as_ref().and_then(|shared| shared.get(ram, at));
-        known.unwrap_or_else(|| {
-            let decoded = Arc::new(self.translator.decoded(ram, at));
-            if let Some(shared) = &self.shared {
-                shared.offer(at, &decoded);
+    /// Appends the block at a RAM offset to the arena, as somebody has decoded it before, or decoded here. Returns how many
+    /// bytes of the page it came from.
+    fn decode(&mut self, cpu: &mut Cpu, at: u64) -> u64 {
+        let Self { arena, shared, translator, .. } = self;
+        let Cpu { ram, general, .. } = cpu;
+        let mut install = |block: Block<'_>| {
+            let (start, first) = (arena.len(), general.len() as u64);
+            arena.extend_from_slice(block.ops);
+            general.extend_from_slice(block.general);
+            for &op in block.general_ops {
+                if let Some(op) = arena.get_mut(start + usize::from(op)) {
+                    op.imm += first;
+                }
             }
-            decoded
-        })
+            block.source.len() as u64
+        };
+        if let Some(bytes) = shared.as_ref().and_then(|shared| shared.get(ram, at, &mut install)) {
+            return bytes;
+        }
+        let block = translator.block(ram, at);
+        if let Some(shared) = shared {
+            shared.offer(at, block);
+        }
+        install(block)
     }
 
     /// Links the branch that asked to the block that was found for it.

@@ -7,11 +7,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use iced_x86::Instruction;
 use rustc_hash::FxBuildHasher;
 
 use crate::mem::{GuestRam, MemoryId};
 
-use super::translate::Decoded;
+use super::exec::Executor;
+use super::fast::Op;
+use super::translate::Block;
 
 /// Operations kept for all machines of one memory image: 16 MiB of them.
 const MAX_OPS: usize = 1 << 19;
@@ -45,26 +48,69 @@ pub(super) struct Blocks {
     known: RwLock<Known>,
 }
 
+/// All blocks' parts one after another, so that a block is not four pieces of memory of its own.
 #[derive(Debug, Default)]
 struct Known {
-    blocks: HashMap<u64, Arc<Decoded>, FxBuildHasher>,
-    ops: usize,
+    places: HashMap<u64, Place, FxBuildHasher>,
+    source: Vec<u8>,
+    ops: Vec<Op>,
+    general: Vec<(Executor, Instruction)>,
+    general_ops: Vec<u8>,
+}
+
+/// Where a block's parts are: each a beginning and a length.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    source: (u32, u8),
+    ops: (u32, u8),
+    general: (u32, u8),
+    general_ops: (u32, u8),
+}
+
+impl Known {
+    fn block(&self, at: u64) -> Option<Block<'_>> {
+        fn part<T>(all: &[T], (start, len): (u32, u8)) -> Option<&[T]> {
+            all.get(start as usize..)?.get(..usize::from(len))
+        }
+        let place = self.places.get(&at)?;
+        Some(Block {
+            source: part(&self.source, place.source)?,
+            ops: part(&self.ops, place.ops)?,
+            general: part(&self.general, place.general)?,
+            general_ops: part(&self.general_ops, place.general_ops)?,
+        })
+    }
+
+    fn keep(&mut self, at: u64, block: Block<'_>) {
+        fn append<T: Clone>(all: &mut Vec<T>, part: &[T]) -> Option<(u32, u8)> {
+            let place = (u32::try_from(all.len()).ok()?, u8::try_from(part.len()).ok()?);
+            all.extend_from_slice(part);
+            Some(place)
+        }
+        let place = (|| {
+            Some(Place {
+                source: append(&mut self.source, block.source)?,
+                ops: append(&mut self.ops, block.ops)?,
+                general: append(&mut self.general, block.general)?,
+                general_ops: append(&mut self.general_ops, block.general_ops)?,
+            })
+        })();
+        self.places.extend(place.map(|place| (at, place)));
+    }
 }
 
 impl Blocks {
-    /// The block at `at`, if it was decoded from what `ram` has there now.
-    pub(super) fn get(&self, ram: &GuestRam, at: u64) -> Option<Arc<Decoded>> {
+    /// Hands the block at `at` to `install`, if it was decoded from what `ram` has there now.
+    pub(super) fn get<R>(&self, ram: &GuestRam, at: u64, install: impl FnOnce(Block<'_>) -> R) -> Option<R> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.blocks.get(&at).filter(|block| block.is_of(ram, at)).cloned()
+        known.block(at).filter(|block| block.is_of(ram, at)).map(install)
     }
 
     /// Keeps a block for others, if there is room. Of different ones at one place the first stays.
-    pub(super) fn offer(&self, at: u64, block: &Arc<Decoded>) {
+    pub(super) fn offer(&self, at: u64, block: Block<'_>) {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        let ops = known.ops + block.ops.len();
-        if ops <= MAX_OPS && !known.blocks.contains_key(&at) {
-            known.ops = ops;
-            known.blocks.insert(at, Arc::clone(block));
+        if known.ops.len() + block.ops.len() <= MAX_OPS && !known.places.contains_key(&at) {
+            known.keep(at, block);
         }
     }
 }
@@ -93,17 +139,19 @@ mod tests {
     fn a_block_is_for_those_who_have_its_bytes() {
         let (code, image) = (SharedCode::default(), image(1));
         let [one, other] = [(); 2].map(|()| image.map().unwrap());
-        let decoded = Arc::new(Translator::new().decoded(&one, AT));
-        code.blocks(&one).unwrap().offer(AT, &decoded);
+        let mut translator = Translator::new();
+        let decoded = translator.block(&one, AT);
+        code.blocks(&one).unwrap().offer(AT, decoded);
         let blocks = code.blocks(&other).unwrap();
-        assert!(blocks.get(&other, AT).is_some());
-        assert!(blocks.get(&other, AT + 1).is_none());
+        let length = |ram: &GuestRam, at| blocks.get(ram, at, |block| block.ops.len());
+        assert_eq!(length(&other, AT), Some(decoded.ops.len()));
+        assert_eq!(length(&other, AT + 1), None);
         other.store(AT + 1, 2u8).unwrap();
-        assert!(blocks.get(&other, AT).is_none(), "other code is there now");
-        assert!(blocks.get(&one, AT).is_some());
+        assert_eq!(length(&other, AT), None, "other code is there now");
+        assert!(length(&one, AT).is_some());
         // What follows the block is not part of it.
         one.store(AT + 6, 0x90u8).unwrap();
-        assert!(blocks.get(&one, AT).is_some());
+        assert!(length(&one, AT).is_some());
     }
 
     #[test]
@@ -126,9 +174,10 @@ mod tests {
         rams.iter().for_each(|ram| drop(code.blocks(ram)));
         assert_eq!(code.images.lock().unwrap().len(), MAX_IMAGES);
         assert!(!Arc::ptr_eq(&first, &code.blocks(&rams[0]).unwrap()), "the oldest is forgotten");
-        let decoded = Arc::new(Translator::new().decoded(&rams[0], AT));
-        (0..2 * MAX_OPS as u64).for_each(|at| first.offer(at, &decoded));
+        let mut translator = Translator::new();
+        let decoded = translator.block(&rams[0], AT);
+        (0..2 * MAX_OPS as u64).for_each(|at| first.offer(at, decoded));
         let known = first.known.read().unwrap();
-        assert!(known.ops <= MAX_OPS && known.blocks.len() == MAX_OPS / decoded.ops.len());
+        assert!(known.ops.len() <= MAX_OPS && known.places.len() == MAX_OPS / decoded.ops.len());
     }
 }

@@ -20,23 +20,18 @@ use super::step::{self, MAX_LENGTH};
 const MAX_BLOCK: usize = 63;
 
 /// A decoded block, good wherever the same bytes lie at the same place of a page.
-#[derive(Debug)]
-pub(super) struct Decoded {
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block<'a> {
     /// What it was decoded from.
-    source: Box<[u8]>,
-    pub(super) ops: Box<[Op]>,
+    pub(super) source: &'a [u8],
+    pub(super) ops: &'a [Op],
     /// Instructions for the general executor.
-    pub(super) general: Box<[(Executor, Instruction)]>,
+    pub(super) general: &'a [(Executor, Instruction)],
     /// Which operations those are: their immediates count from the block's first one.
-    pub(super) general_ops: Box<[u8]>,
+    pub(super) general_ops: &'a [u8],
 }
 
-impl Decoded {
-    /// How many bytes of the page it came from.
-    pub(super) const fn bytes(&self) -> u64 {
-        self.source.len() as u64
-    }
-
+impl Block<'_> {
     /// Whether `ram` has at `at` what it was decoded from.
     pub(super) fn is_of(&self, ram: &GuestRam, at: u64) -> bool {
         let mut bytes = [0; WINDOW];
@@ -59,6 +54,7 @@ pub(super) struct Translator {
     ops: Vec<Op>,
     general: Vec<(Executor, Instruction)>,
     general_ops: Vec<u8>,
+    window: [u8; WINDOW],
 }
 
 impl Translator {
@@ -68,17 +64,16 @@ impl Translator {
             ops: Vec::with_capacity(MAX_BLOCK + 1),
             general: Vec::new(),
             general_ops: Vec::new(),
+            window: [0; WINDOW],
         }
     }
 
     /// Decodes the block at a RAM offset.
-    pub(super) fn decoded(&mut self, ram: &GuestRam, at: u64) -> Decoded {
+    pub(super) fn block(&mut self, ram: &GuestRam, at: u64) -> Block<'_> {
         let start = at % PAGE_SIZE;
-        let mut window = [0; WINDOW];
         let len = ((PAGE_SIZE - start) as usize).min(WINDOW);
-        let bytes = &mut window[..len];
-        let _ = ram.read_bytes(at, bytes);
-        self.decode(bytes, start);
+        let _ = ram.read_bytes(at, &mut self.window[..len]);
+        self.decode(len, start);
         self.drop_dead_flags();
         fuse(&self.insns, &mut self.ops);
         let end = self.insns.last().map_or(start, Instruction::next_ip);
@@ -93,21 +88,21 @@ impl Translator {
         if let Some(last) = self.ops.last_mut() {
             last.set_block_length(count);
         }
-        Decoded {
-            source: bytes[..((end - start).max(1) as usize).min(bytes.len())].into(),
-            ops: self.ops.as_slice().into(),
-            general: self.general.as_slice().into(),
-            general_ops: self.general_ops.as_slice().into(),
+        Block {
+            source: &self.window[..((end - start).max(1) as usize).min(len)],
+            ops: &self.ops,
+            general: &self.general,
+            general_ops: &self.general_ops,
         }
     }
 
-    /// Decodes up to the first branch, to what has no executor, or to the end of the bytes.
-    fn decode(&mut self, bytes: &[u8], start: u64) {
+    /// Decodes up to the first branch, to what has no executor, or to the end of the window's first `len` bytes.
+    fn decode(&mut self, len: usize, start: u64) {
         self.insns.clear();
         self.ops.clear();
         self.general.clear();
         self.general_ops.clear();
-        let mut decoder = step::decoder(bytes, start);
+        let mut decoder = step::decoder(&self.window[..len], start);
         while self.insns.len() < MAX_BLOCK && decoder.can_decode() {
             let insn = decoder.decode();
             if insn.is_invalid() || insn.len() > MAX_LENGTH {
