@@ -125,7 +125,7 @@ fn a_sound_workload_keeps_every_case() {
 
 #[test]
 fn a_renewal_that_is_not_checked_is_noticed() {
-    seen(Fault::RenewsAnything, "A133");
+    seen_beside(Fault::RefusesRenewal, Fault::RenewsAnything, "A133");
 }
 
 #[test]

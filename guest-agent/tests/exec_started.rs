@@ -24,7 +24,7 @@ fn kinds(frames: &[Frame]) -> Vec<Kind> {
 fn probe_names_the_features() {
     let ack = Agent::start().ask(r#"{"action":"probe"}"#);
     assert_eq!((ack.ok, ack.protocol), (true, Some(kiln_wire::PROTOCOL)));
-    assert_eq!(ack.features, ["started", "streams", "workload"]);
+    assert_eq!(ack.features, ["started", "streams", "workload", "renew"]);
 }
 
 #[test]

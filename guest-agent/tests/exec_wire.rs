@@ -68,7 +68,10 @@ async fn probe_tells_the_protocol() {
     let acks = session(&agent, &[Frame::new(Kind::Control, &b"{\"action\":\"probe\"}"[..])]);
     assert_eq!(
         acks,
-        [Frame::new(Kind::Control, &br#"{"ok":true,"protocol":5,"features":["started","streams","workload"]}"#[..])]
+        [Frame::new(
+            Kind::Control,
+            &br#"{"ok":true,"protocol":5,"features":["started","streams","workload","renew"]}"#[..]
+        )]
     );
 }
 

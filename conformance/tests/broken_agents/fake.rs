@@ -53,6 +53,8 @@ pub(crate) enum Fault {
     OtherProtocol,
     PromisesStreams,
     PromisesWorkload,
+    /// None: no `renew` of the case for it makes sense, and it does none.
+    RefusesRenewal,
     /// Does what it is told by `renew`, whatever that is.
     RenewsAnything,
     /// None: it serves the workload as it should.
@@ -159,7 +161,7 @@ impl Connection {
         let promised = match self.fault {
             Fault::PromisesStreams => vec!["streams".to_owned()],
             Fault::PromisesWorkload => vec!["workload".to_owned()],
-            Fault::RenewsAnything => vec!["renew".to_owned()],
+            Fault::RefusesRenewal | Fault::RenewsAnything => vec!["renew".to_owned()],
             fault if fault.has_workload() => vec!["workload".to_owned()],
             _ => Vec::new(),
         };
@@ -167,6 +169,9 @@ impl Connection {
         let ack = match serde_json::from_slice(payload) {
             Ok(Control::Probe) => ControlAck { protocol: Some(protocol), features: promised, ..ControlAck::done() },
             Ok(Control::Renew { .. }) if self.fault == Fault::RenewsAnything => ControlAck::done(),
+            Ok(Control::Renew { .. }) if self.fault == Fault::RefusesRenewal => {
+                ControlAck { errno: Some(22), ..ControlAck::refused("no sense") }
+            }
             Ok(action) => match self.fault.has_workload().then(|| self.workload.act(&action, self.fault)).flatten() {
                 Some(done) => return done,
                 None => ControlAck::refused("unknown CONTROL action"),
