@@ -45,6 +45,7 @@
 struct Readme;
 
 pub mod block;
+mod blocking;
 mod error;
 pub mod exec;
 pub mod files;

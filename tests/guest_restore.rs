@@ -141,8 +141,10 @@ async fn a_restored_guest_has_the_names_that_it_was_given() {
     let baked = std::fs::read_dir(image.store().root().join("baked")).expect("is there").count();
     assert_eq!(baked, 1);
     for bad in ["", "0123", "00112233445566778899AABBCCDDEEFF"] {
-        let error = image.start(config().machine_id(bad)).await.expect_err("no machine id");
-        assert!(matches!(error, StartError::Config(_)), "{error:?}");
+        let started = [image.start(config().machine_id(bad)).await, image.boot(config().machine_id(bad)).await];
+        for error in started.map(|start| start.expect_err("no machine id")) {
+            assert!(matches!(error, StartError::Config(_)), "{error:?}");
+        }
     }
 }
 

@@ -10,12 +10,14 @@ use std::path::PathBuf;
 /// A top-level module, and the modules that it may name.
 const LAYERS: &[(&str, &[&str])] = &[
     ("units", &[]),
+    // Tokio's pool of threads that may block, with panics passed on: for whoever does such work.
+    ("blocking", &[]),
     ("block", &["units"]),
     ("mem", &["units"]),
     ("transport", &["units"]),
     ("hv", &["units", "mem"]),
-    ("vmm", &["units", "block", "mem", "transport", "hv"]),
-    ("image", &["units"]),
+    ("vmm", &["units", "blocking", "block", "mem", "transport", "hv"]),
+    ("image", &["units", "blocking"]),
     ("rootfs", &["units", "block", "image"]),
     ("snapshot", &["units", "block", "mem", "hv", "vmm"]),
     ("exec", &["units", "transport"]),
@@ -26,6 +28,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "vm",
         &[
             "units",
+            "blocking",
             "block",
             "mem",
             "transport",

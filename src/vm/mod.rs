@@ -89,7 +89,7 @@ impl Vm {
         start::boot(config, guest, move |config| {
             let sources = Sources::open(config)?;
             let provenance = start::provenance(&root, &sources)?;
-            Ok((Template::open(&root, config, provenance)?, sources))
+            Ok((Arc::new(Template::open(&root, config, provenance)?), sources))
         })
         .await
     }
@@ -168,6 +168,7 @@ impl Vm {
             _ => VmEnd::Stopped,
         }
     }
+
     /// Sees and causes this VM's end without keeping it alive.
     pub(crate) fn remote(&self) -> Remote {
         Remote::new(&self.driver)

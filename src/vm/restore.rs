@@ -32,10 +32,7 @@ impl Identity {
     /// As `config` says, with a machine id that nobody has unless it names one.
     pub(super) fn of(config: &VmConfig, template: &Template) -> Result<Self, StartError> {
         let machine_id = config.machine_id.clone().map_or_else(random_machine_id, Ok)?;
-        let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
-        if machine_id.len() != MACHINE_ID_DIGITS || !machine_id.bytes().all(is_digit) {
-            return Err(StartError::Config("a machine id has 32 lowercase hexadecimal digits"));
-        }
+        check_machine_id(&machine_id)?;
         Ok(Self { hostname: template.hostname.clone(), machine_id })
     }
 
@@ -45,8 +42,17 @@ impl Identity {
     }
 }
 
+/// Whether it is one (machine-id(5)).
+pub(super) fn check_machine_id(id: &str) -> Result<(), StartError> {
+    let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if id.len() == MACHINE_ID_DIGITS && id.bytes().all(is_digit) {
+        return Ok(());
+    }
+    Err(StartError::Config("a machine id has 32 lowercase hexadecimal digits"))
+}
+
 /// 128 random bits, as systemd draws them.
-pub(super) fn random_machine_id() -> Result<String, StartError> {
+fn random_machine_id() -> Result<String, StartError> {
     let mut id = [0; MACHINE_ID_DIGITS / 2];
     getrandom::fill(&mut id).map_err(|error| StartError::Host { what: "entropy", source: error.into() })?;
     Ok(hex::encode(id))

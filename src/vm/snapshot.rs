@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::PoisonError;
 
 use super::Vm;
+use crate::blocking::ShuttingDown;
+use crate::blocking::blocking;
 use crate::snapshot::Contents;
 use crate::snapshot::Snapshot;
 use crate::snapshot::SnapshotError;
@@ -82,13 +84,7 @@ impl Vm {
             let contents = Contents { state: frozen.state(), memory: &memory, origin: &origin, since: since.as_ref() };
             Snapshot::write(&target, &contents)
         };
-        let snapshot = match tokio::task::spawn_blocking(write).await {
-            Ok(written) => written?,
-            Err(join) => match join.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => return Err(FreezeError::Shutdown.into()),
-            },
-        };
+        let snapshot = blocking(write).await.map_err(|ShuttingDown| FreezeError::Shutdown)??;
         self.set_parent(Some(snapshot.clone()));
         Ok(snapshot)
     }

@@ -18,6 +18,7 @@ use super::config::GuestRoot;
 use super::config::Kernel;
 use super::config::VmConfig;
 use super::error::StartError;
+use super::restore::check_machine_id;
 use super::template::Files;
 use super::template::FromStart;
 use super::template::Provenance;
@@ -65,7 +66,7 @@ impl Sources {
 pub(super) async fn boot(
     config: VmConfig,
     guest: GuestConfig,
-    prepare: impl FnOnce(&VmConfig) -> Result<(Template, Sources), StartError> + Send + 'static,
+    prepare: impl FnOnce(&VmConfig) -> Result<(Arc<Template>, Sources), StartError> + Send + 'static,
 ) -> Result<Vm, StartError> {
     let answer = config.boot_timeout;
     let (machine, template) = run_blocking(move || {
@@ -77,7 +78,7 @@ pub(super) async fn boot(
     let ready = exec::wait_ready(machine.connector(), answer);
     let info = unless_ended(&machine, answer, ready).await?;
     tracing::debug!(?info, port = AGENT_PORT, "agent answers");
-    Ok(Vm::over(machine, Arc::new(template), info))
+    Ok(Vm::over(machine, template, info))
 }
 
 /// Reads the files and starts the machine. Blocks for as long as reading a kernel takes.
@@ -87,6 +88,7 @@ fn machine(
     template: &Template,
     sources: Sources,
 ) -> Result<Machine, StartError> {
+    guest.machine_id.as_deref().map_or(Ok(()), check_machine_id)?;
     let Sources { kernel: (kernel_path, kernel), agent: (agent_path, agent) } = sources;
     let agent = read_agent(&agent_path, &agent)?;
     let machine = MachineConfig {

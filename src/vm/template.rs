@@ -17,6 +17,8 @@ use super::error::StartError;
 use super::start;
 use super::workload::ImageCommand;
 use crate::block::BlockBackend;
+use crate::blocking::ShuttingDown;
+use crate::blocking::blocking;
 use crate::hv::Hypervisor;
 use crate::hv::soft::Soft;
 use crate::image::Digest;
@@ -72,18 +74,6 @@ impl Template {
             provenance,
         })
     }
-
-    /// The same once more.
-    pub(super) fn like(other: &Self, origin: &Origin) -> Self {
-        Self {
-            engine: Arc::clone(&other.engine),
-            disks: other.disks.clone(),
-            command: other.command.clone(),
-            hostname: other.hostname.clone(),
-            answer: other.answer,
-            provenance: Provenance::known(origin.clone()),
-        }
-    }
 }
 
 impl Provenance {
@@ -102,13 +92,8 @@ impl Provenance {
     pub(super) async fn origin(&self) -> io::Result<&Origin> {
         let find_out = || async {
             let files = Arc::clone(&self.files);
-            match tokio::task::spawn_blocking(move || files.digest()).await {
-                Ok(origin) => origin,
-                Err(join) => match join.try_into_panic() {
-                    Ok(panic) => std::panic::resume_unwind(panic),
-                    Err(_) => Err(io::Error::other("the runtime is shutting down")),
-                },
-            }
+            let digests = blocking(move || files.digest()).await;
+            digests.unwrap_or_else(|ShuttingDown| Err(io::Error::other("the runtime is shutting down")))
         };
         self.origin.get_or_try_init(find_out).await
     }

@@ -16,6 +16,8 @@ use super::state::FreezeError;
 use super::state::MachineState;
 use super::state::RestoreError;
 use crate::block::BlockBackend;
+use crate::blocking::ShuttingDown;
+use crate::blocking::blocking;
 use crate::hv::Hypervisor;
 use crate::mem::GuestRam;
 use crate::mem::MemoryCopy;
@@ -90,10 +92,10 @@ impl Machine {
         let stopped = Stopped { goes_on: !self.is_paused(), machine: self };
         stopped.machine.pause().await?;
         let state = Arc::new(stopped.machine.save().await?);
-        let copied = blocking(move || copy.finish()).await?;
+        let copied = off_executor(move || copy.finish()).await?;
         drop(stopped);
         tracing::debug!(paused = ?began.elapsed(), "the machine is kept as it was");
-        let memory = blocking(move || copied.into_image()).await?;
+        let memory = off_executor(move || copied.into_image()).await?;
         Ok(Frozen { state, memory })
     }
 }
@@ -102,19 +104,13 @@ impl Machine {
 async fn copy_ahead(memory: Arc<GuestRam>) -> Result<MemoryCopy, FreezeError> {
     let unwanted = CancellationToken::new();
     let _guard = unwanted.clone().drop_guard();
-    blocking(move || MemoryCopy::begin(memory, &|| !unwanted.is_cancelled())).await
+    off_executor(move || MemoryCopy::begin(memory, &|| !unwanted.is_cancelled())).await
 }
 
-async fn blocking<T: Send + 'static>(
+async fn off_executor<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, RamError> + Send + 'static,
 ) -> Result<T, FreezeError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => Ok(done?),
-        Err(join) => match join.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(FreezeError::Shutdown),
-        },
-    }
+    Ok(blocking(work).await.map_err(|ShuttingDown| FreezeError::Shutdown)??)
 }
 
 /// Lets the machine go on when it is dropped, if it ran.

@@ -37,6 +37,8 @@ use std::time::Duration;
 use sha2::Digest as _;
 use sha2::Sha256;
 
+use crate::blocking::ShuttingDown;
+use crate::blocking::blocking;
 use crate::image::Image;
 use crate::image::Layer;
 use crate::image::atomic_file::AtomicFile;
@@ -534,11 +536,5 @@ where
     T: Send + 'static,
     E: From<StoreError> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(StoreError::Shutdown.into()),
-        },
-    }
+    blocking(work).await.unwrap_or_else(|ShuttingDown| Err(StoreError::Shutdown.into()))
 }

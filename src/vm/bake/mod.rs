@@ -114,7 +114,7 @@ impl Image {
         let bakery = Bakery::open(self, config).await?;
         let snapshot = bakery.snapshot().await?;
         bakery.config.progress.send(ProgressEvent::Baked { image: *self.digest() });
-        Ok(Baked { snapshot, template: Arc::new(bakery.template), config: bakery.config, _image: bakery.image })
+        Ok(Baked { snapshot, template: bakery.template, config: bakery.config, _image: bakery.image })
     }
 }
 
@@ -126,7 +126,7 @@ struct Bakery {
     /// What the digests are of, and what is booted.
     sources: Sources,
     origin: Origin,
-    template: Template,
+    template: Arc<Template>,
     key: BakeKey,
     place: PathBuf,
 }
@@ -138,7 +138,7 @@ impl Bakery {
         run_blocking(move || {
             let sources = Sources::open(&config)?;
             let origin = digests(&image, &root, &sources)?;
-            let template = Template::open(&root, &config, Provenance::known(origin.clone()))?;
+            let template = Arc::new(Template::open(&root, &config, Provenance::known(origin.clone()))?);
             // The name and the machine id are for those who are restored.
             let nobody = GuestConfig::default();
             let guest =
@@ -225,7 +225,7 @@ impl Bakery {
     }
 
     async fn boot(&self) -> Result<Vm, StartError> {
-        let template = Template::like(&self.template, &self.origin);
+        let template = Arc::clone(&self.template);
         let sources = self.sources.again()?;
         start::boot(self.config.clone(), self.guest.clone(), |_| Ok((template, sources))).await
     }
