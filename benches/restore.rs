@@ -1,4 +1,5 @@
-//! From a saved guest to the first byte that a command prints: kiln's `Baked::start`, and QEMU's migration file.
+//! From a saved guest to the first byte that a command prints: kiln's `Image::start` on a baked image, and QEMU's migration
+//! file.
 //!
 //! `cargo bench --bench restore`. Guests of 128 MiB with the same kernel, root image and agent; all were booted, and saved
 //! once the agent answered. The files of the snapshot are in the page cache, but for the rounds that say otherwise.
@@ -10,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
-use kiln::Baked;
 use kiln::Image;
 use kiln::VmConfig;
 use kiln::block::BlockBackend;
@@ -85,7 +85,7 @@ async fn main() {
 struct Times {
     /// All is done that comes before the guest's first instruction.
     resumed: Sample,
-    /// `Baked::start` has returned: the guest's agent has answered.
+    /// `Image::start` has returned: the guest's agent has answered.
     started: Sample,
     answered: Sample,
 }
@@ -109,7 +109,7 @@ impl Times {
 
 /// A baked image.
 struct Subject {
-    baked: Baked,
+    image: Image,
     root: RootImage,
     snapshot: PathBuf,
     agent: AgentInfo,
@@ -129,7 +129,7 @@ impl Subject {
         let snapshot = baked.snapshot().folder().to_owned();
         let names = ["snapshot.json", "memory", "memory.sha256"];
         let files = names.iter().map(|name| snapshot.join(name)).chain(root.files().iter().cloned()).collect();
-        Self { baked, root: root.clone(), snapshot, agent, files }
+        Self { image: image.clone(), root: root.clone(), snapshot, agent, files }
     }
 
     async fn round(&self) -> [Duration; 3] {
@@ -153,7 +153,7 @@ impl Subject {
     /// Starts a guest, runs `/bin/echo x`, and waits until all of the guest is gone.
     async fn start(&self) -> (Duration, Duration) {
         let began = Instant::now();
-        let vm = self.baked.start().await.expect("restores");
+        let vm = self.image.start(config()).await.expect("restores");
         let started = began.elapsed();
         support::first_byte(vm.exec_builder()).await;
         let answered = began.elapsed();

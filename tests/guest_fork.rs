@@ -25,8 +25,8 @@ use kiln::vm::KeepError;
 use kiln::vm::VmEnd;
 use serde_json::json;
 
-/// Counts as fast as it can, into a file that is never half written.
-const COUNTER: &str = "(i=0; while :; do i=$((i+1)); echo $i > /tmp/new; mv /tmp/new /tmp/count; done) \
+/// Counts, into a file that is never half written, and leaves the processor to others in between.
+const COUNTER: &str = "(i=0; while :; do i=$((i+1)); echo $i > /tmp/new; mv /tmp/new /tmp/count; sleep 0.02; done) \
     </dev/null >/dev/null 2>&1 & until [ -s /tmp/count ]; do :; done";
 
 async fn count(vm: &Vm) -> u64 {

@@ -34,11 +34,13 @@ mod reference;
 mod registry;
 mod store;
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::OnceLock;
 
 use tokio::io::AsyncRead;
 
@@ -127,11 +129,12 @@ struct Inner {
     store: ImageStore,
     /// What of the store must stay for as long as this value and its clones live.
     _lease: Lease,
+    companion: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Image {
     fn new(digest: Digest, config: ImageConfig, layers: Vec<Layer>, store: ImageStore, lease: Lease) -> Self {
-        Self { inner: Arc::new(Inner { digest, config, layers, store, _lease: lease }) }
+        Self { inner: Arc::new(Inner { digest, config, layers, store, _lease: lease, companion: OnceLock::new() }) }
     }
 
     /// Pulls `reference` into the user's store and returns the verified image.
@@ -293,6 +296,13 @@ impl Image {
     #[must_use]
     pub fn store(&self) -> &ImageStore {
         &self.inner.store
+    }
+
+    /// What those above keep with this value and its clones: made by whoever asks first. There is one; `None` for a second
+    /// type of it.
+    pub(crate) fn companion<T: Any + Send + Sync>(&self, make: impl FnOnce() -> T) -> Option<Arc<T>> {
+        let companion = self.inner.companion.get_or_init(|| Arc::new(make()));
+        Arc::clone(companion).downcast().ok()
     }
 
     /// Opens a layer's blob. Blocking.

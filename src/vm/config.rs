@@ -159,7 +159,7 @@ impl VmConfig {
         self
     }
 
-    /// The engine to run on; else the best that this host has.
+    /// The engine to run on; else the best that this host has, one for all guests of an [`Image`](crate::Image) value and its clones.
     #[must_use]
     pub fn engine(mut self, engine: Arc<dyn Hypervisor>) -> Self {
         self.engine = Some(engine);

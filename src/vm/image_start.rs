@@ -1,9 +1,13 @@
 //! From an OCI image to a running VM.
 
+use std::sync::Arc;
+
 use super::GuestRoot;
 use super::StartError;
 use super::Vm;
 use super::VmConfig;
+use crate::hv::Hypervisor;
+use crate::hv::soft::Soft;
 use crate::image::Image;
 use crate::image::Platform;
 use crate::rootfs;
@@ -55,7 +59,16 @@ impl Image {
     /// ```
     pub async fn boot(&self, config: VmConfig) -> Result<Vm, StartError> {
         let root = self.root(&config).await?;
-        Vm::start(root, config).await
+        Vm::start(root, self.with_engine(config)).await
+    }
+
+    /// `config` with an engine: without one of its own that of this value and its clones, so that guests of one image
+    /// spare each other what they can.
+    pub(super) fn with_engine(&self, mut config: VmConfig) -> VmConfig {
+        if config.engine.is_none() {
+            config.engine = self.companion(Soft::new).map(|engine| engine as Arc<dyn Hypervisor>);
+        }
+        config
     }
 
     /// The root filesystem and the part of the configuration that concerns processes.
