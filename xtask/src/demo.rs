@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
+use kiln::Baked;
 use kiln::Image;
 use kiln::Vm;
 use kiln::VmConfig;
@@ -75,8 +76,10 @@ impl<'a> Source<'a> {
 async fn guest(source: &Source<'_>, phases: &mut Phases) -> Result<()> {
     let image = source.image().await?;
     phases.done("image", &image.digest().to_string());
-    let vm = boot(&image).await?;
-    phases.done("boot to agent", "a Linux kernel on the software processor");
+    let baked = bake(&image).await?;
+    phases.done("bake", "a Linux guest booted on the software processor and kept, unless it was before");
+    let vm = baked.start().await.context("the guest did not start")?;
+    phases.done("restore", "a guest from that, its agent answers");
     phases.done("uname -a", &uname(&vm).await?);
     phases.done("cat", &cat(&vm).await?);
     phases.done("exit code", &exit_code(&vm).await?);
@@ -87,10 +90,10 @@ async fn guest(source: &Source<'_>, phases: &mut Phases) -> Result<()> {
     Ok(())
 }
 
-/// The first boot of an image writes its root filesystem too, which takes a while for a large one.
-async fn boot(image: &Image) -> Result<Vm> {
-    let _running = Running::start("booting");
-    image.start(VmConfig::new()).await.context("the guest did not start")
+/// The first time this writes the root filesystem too, which takes a while for a large image.
+async fn bake(image: &Image) -> Result<Baked> {
+    let _running = Running::start("baking");
+    image.bake(VmConfig::new()).await.context("the image could not be baked")
 }
 
 async fn uname(vm: &Vm) -> Result<String> {
