@@ -23,6 +23,7 @@ use bare_machine::write_msr;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use kiln::hv::state::VcpuState;
+use kiln::hv::state::x86_64::Activity;
 use kiln::units::Bytes;
 use kiln::vmm::{GiveBackError, MachineEnd, MachineState, PauseError, SaveError};
 
@@ -86,7 +87,7 @@ async fn at_the_end(machine: &mut kiln::vmm::Machine) -> MachineState {
     loop {
         machine.pause().await.expect("pauses");
         let state = machine.save().await.expect("saves");
-        if vcpu(&state).halted {
+        if vcpu(&state).activity == Activity::Halted {
             return timeless(state);
         }
         machine.resume();
@@ -117,7 +118,7 @@ async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
         state = machine.save().await.expect("saves");
         saves += 1;
         moved += u32::from(vcpu(&state).gpr[RBX] != before);
-        if vcpu(&state).halted {
+        if vcpu(&state).activity == Activity::Halted {
             break machine;
         }
         assert_eq!(machine.save().await.expect("saves"), state, "nothing moves in a paused machine");
@@ -257,7 +258,7 @@ async fn a_halted_guest_is_restored_halted() {
     let state = loop {
         machine.pause().await.expect("pauses");
         let state = machine.save().await.expect("saves");
-        if vcpu(&state).halted {
+        if vcpu(&state).activity == Activity::Halted {
             break state;
         }
         machine.resume();
@@ -266,7 +267,7 @@ async fn a_halted_guest_is_restored_halted() {
     let mut again = resumed(&state, copy(&machine)).await;
     again.pause().await.expect("pauses");
     let later = again.save().await.expect("saves");
-    assert_eq!((vcpu(&later).halted, vcpu(&later).rip), (true, vcpu(&state).rip));
+    assert_eq!((vcpu(&later).activity, vcpu(&later).rip), (Activity::Halted, vcpu(&state).rip));
 }
 
 #[tokio::test]

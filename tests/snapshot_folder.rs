@@ -35,12 +35,15 @@ use std::sync::Arc;
 // version, or still be read, and the golden folder stays as the proof.
 const _: () = {
     assert!(FORMAT == 1);
-    assert!(MACHINE_STATE_VERSION == 2);
+    assert!(MACHINE_STATE_VERSION == 3);
 };
 /// Of the machine states that are read, by version.
-const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-2");
-/// Of a version that is not read any more.
-const GOLDEN_1: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-1");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-3");
+/// Of versions that are not read any more.
+const OLD: [(u32, &str); 2] = [
+    (1, concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-1")),
+    (2, concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/snapshot-2")),
+];
 
 fn origin() -> Origin {
     Origin { root: "sha256:root".to_owned(), kernel: "sha256:kernel".to_owned(), agent: "sha256:agent".to_owned() }
@@ -313,8 +316,8 @@ fn other_versions_are_named() {
     let one = folder.path().join("one");
     forge(&one, |manifest| manifest);
     Snapshot::open(&one).expect("a forger that changes nothing is not noticed");
-    forge(&one, state(|state| state.version = 3));
-    assert!(matches!(Snapshot::open(&one), Err(SnapshotError::Restore(RestoreError::Version { found: 3 }))));
+    forge(&one, state(|state| state.version = 4));
+    assert!(matches!(Snapshot::open(&one), Err(SnapshotError::Restore(RestoreError::Version { found: 4 }))));
     // A format of which nothing else is known.
     fs::write(one.join("snapshot.json"), r#"{"format": 7, "what": ["ever"]}"#).unwrap();
     let error = Snapshot::open(&one).expect_err("another format");
@@ -432,22 +435,27 @@ fn golden(kept: &str) -> (tempfile::TempDir, PathBuf) {
 }
 
 #[tokio::test]
-async fn a_snapshot_of_format_1_and_a_state_of_version_2_still_opens_and_runs() {
+async fn a_snapshot_of_format_1_and_a_state_of_version_3_still_opens_and_runs() {
     let (_folder, place) = golden(GOLDEN);
     let snapshot = Snapshot::open(&place).expect("opens");
     snapshot.verify().expect("undamaged");
     snapshot.expect_origin(&origin()).expect("the same");
-    assert_eq!(snapshot.digest(), "sha256:3485c1af004b2422485b99214a9e4887149d040082f06eccb26c62e6f911bcf2");
+    assert_eq!(snapshot.digest(), "sha256:108b1d9192456e3561c60f85ed82dd53d3756e6d4a6c5096d87b00c94f9352e5");
     runs_on(&snapshot).await;
 }
 
 #[test]
-fn a_state_of_version_1_is_refused_by_its_version() {
-    let (_folder, place) = golden(GOLDEN_1);
-    let error = Snapshot::open(&place).expect_err("its machine has no balloon");
-    assert!(matches!(&error, SnapshotError::Restore(RestoreError::Version { found: 1 })), "{error}");
-    let cause = std::error::Error::source(&error).map(ToString::to_string);
-    assert_eq!(cause.as_deref(), Some("a machine state of version 1, where 2 is supported"));
+fn states_of_old_versions_are_refused_by_their_version() {
+    for (version, folder) in OLD {
+        let (_folder, place) = golden(folder);
+        let error = Snapshot::open(&place).expect_err("an old version");
+        assert!(
+            matches!(&error, SnapshotError::Restore(RestoreError::Version { found }) if *found == version),
+            "{error}"
+        );
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        assert_eq!(cause, Some(format!("a machine state of version {version}, where 3 is supported")));
+    }
 }
 
 /// Makes the golden folder; run by hand when the format's version changes, never to make the test above pass.

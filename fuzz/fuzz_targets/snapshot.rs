@@ -18,7 +18,7 @@ use sha2::Digest;
 use sha2::Sha256;
 
 /// A guest that was saved by an earlier version, page by page.
-const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/snapshot-2");
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/snapshot-3");
 /// Larger memories are refused by the sizes alone, and take too long to make.
 const MEMORY_MAX: u64 = 64 << 20;
 

@@ -75,20 +75,33 @@ pub(super) struct Manifest {
     pub(super) machine: MachineState,
 }
 
-/// Of all versions, past and future, this much stays.
+/// Of all versions, past and future, this much stays...
 #[derive(Deserialize)]
-struct AnyVersion {
+struct AnyFormat {
     format: u64,
+}
+
+/// ...and of all versions of the state in this format this much.
+#[derive(Deserialize)]
+struct AnyState {
+    machine: AnyMachine,
+}
+
+#[derive(Deserialize)]
+struct AnyMachine {
+    version: u32,
 }
 
 impl Manifest {
     /// Reads and checks a manifest.
     pub(super) fn parse(json: &[u8]) -> Result<Self, SnapshotError> {
         let malformed = |error: serde_json::Error| SnapshotError::Manifest(Box::new(error));
-        let AnyVersion { format } = serde_json::from_slice(json).map_err(malformed)?;
+        let AnyFormat { format } = serde_json::from_slice(json).map_err(malformed)?;
         if format != FORMAT {
             return Err(SnapshotError::Format { found: format });
         }
+        let AnyState { machine: AnyMachine { version } } = serde_json::from_slice(json).map_err(malformed)?;
+        check_version(version)?;
         let manifest: Self = serde_json::from_slice(json).map_err(malformed)?;
         if manifest.integrity != manifest.compute_integrity() {
             return Err(SnapshotError::Damaged("the manifest does not have the digest that it names"));
@@ -119,9 +132,7 @@ impl Manifest {
     /// Everything that must hold of a manifest by itself.
     fn check(&self) -> Result<(), SnapshotError> {
         let require = |holds: bool, what| if holds { Ok(()) } else { Err(SnapshotError::Damaged(what)) };
-        if self.machine.version != MACHINE_STATE_VERSION {
-            return Err(RestoreError::Version { found: self.machine.version }.into());
-        }
+        check_version(self.machine.version)?;
         let size = self.memory.size;
         let possible = size.0 > 0 && size.0.is_multiple_of(PAGE_SIZE) && size <= Bytes::gib(1024);
         require(possible, "a memory size that no machine has")?;
@@ -160,6 +171,10 @@ impl Manifest {
     pub(super) fn digests_len(&self) -> u64 {
         self.memory.size.0.div_ceil(CHUNK) * DIGEST_LEN
     }
+}
+
+fn check_version(found: u32) -> Result<(), SnapshotError> {
+    if found == MACHINE_STATE_VERSION { Ok(()) } else { Err(RestoreError::Version { found }.into()) }
 }
 
 /// A digest as it is written.

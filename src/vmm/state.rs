@@ -16,7 +16,7 @@ use crate::units::Bytes;
 
 /// The version of [`MachineState`] that this library writes, and the only one that it restores. It changes with the
 /// meaning or the set of the fields, of the states in it, and of the machine's fixed addresses and interrupts.
-pub const MACHINE_STATE_VERSION: u32 = 2;
+pub const MACHINE_STATE_VERSION: u32 = 3;
 
 /// A paused machine without its memory. Holds nothing of the host's: not an address, a path or an open file.
 ///

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
-use kiln::hv::state::x86_64::{Segment, Table};
+use kiln::hv::state::x86_64::{Activity, Segment, Table};
 use kiln::hv::{Exit, Hypervisor, IoHandler, Kick, Vcpu, VmSpec};
 use kiln::mem::GuestRam;
 use kiln::units::{Bytes, GuestAddr, VcpuId};
@@ -111,6 +111,6 @@ fn user_mode(reset: VcpuState) -> VcpuState {
     (state.cr0, state.cr2, state.cr3, state.cr4) = (machine::CR0, 0, machine::PML4, machine::CR4);
     state.msrs.efer = machine::EFER;
     state.rip = machine::CODE;
-    (state.halted, state.interrupt_shadow) = (false, false);
+    (state.activity, state.interrupt_shadow) = (Activity::Running, false);
     state
 }

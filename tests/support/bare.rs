@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
-use kiln::hv::state::x86_64::{Fpu, Lapic, Msrs, Segment, Table};
+use kiln::hv::state::x86_64::{Activity, Events, Fpu, Lapic, Msrs, Segment, Table};
 use kiln::hv::{Exit, HvError, Hypervisor, IoHandler, Kick, Vcpu, VmSpec};
 use kiln::mem::GuestRam;
 use kiln::units::{Bytes, GuestAddr, VcpuId};
@@ -120,6 +120,7 @@ pub(crate) fn initial_state() -> VcpuState {
         fpu: Fpu::default(),
         lapic: Lapic::default(),
         interrupt_shadow: false,
-        halted: false,
+        activity: Activity::Running,
+        events: Events::default(),
     }
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::hv::state::VcpuState;
+use crate::hv::state::x86_64::Activity;
 use crate::hv::{Exit, HvError, Vcpu};
 
 use super::code::CodeCache;
@@ -211,14 +212,16 @@ impl Vcpu for SoftVcpu {
 
     fn save(&mut self) -> Result<VcpuState, HvError> {
         let mut state = self.cpu.save();
-        state.halted = self.halted;
+        if self.halted {
+            state.activity = Activity::Halted;
+        }
         Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HvError> {
         self.cpu.restore(state)?;
         self.code.clear(&mut self.cpu);
-        self.halted = state.halted;
+        self.halted = state.activity == Activity::Halted;
         self.slice = 0;
         Ok(())
     }

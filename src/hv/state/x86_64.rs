@@ -42,8 +42,66 @@ pub struct VcpuState {
     pub lapic: Lapic,
     /// An interrupt may not be taken before one more instruction (after STI and MOV SS).
     pub interrupt_shadow: bool,
-    /// In HLT, waiting for an interrupt.
-    pub halted: bool,
+    /// Whether it executes instructions, or what it waits for.
+    pub activity: Activity,
+    /// What it has been told and not acted on yet, beside the interrupts in its local APIC.
+    pub events: Events,
+}
+
+/// Whether a vCPU executes instructions (Intel SDM volume 3C, 25.4.2, and volume 3A, 9.4 for the last two).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activity {
+    /// It does.
+    #[default]
+    Running,
+    /// In HLT, until an interrupt.
+    Halted,
+    /// Reset, and waits for INIT: a processor that is not the boot processor, before anybody has called for it.
+    WaitsForInit,
+    /// After INIT: waits for a start-up message.
+    WaitsForStartUp,
+}
+
+/// Events that are under way to a vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Events {
+    /// A non-maskable interrupt waits.
+    pub nmi_pending: bool,
+    /// Non-maskable interrupts are held back until the next IRET: one is being handled.
+    pub nmi_masked: bool,
+    /// A start-up message that has come and has not been acted on: its vector.
+    pub start_up: Option<u8>,
+    /// An exception or interrupt that has been decided on, and whose delivery has not begun: it comes before anything
+    /// else. An engine that stops between instructions only never leaves one.
+    pub delivering: Option<Delivery>,
+}
+
+/// An event whose handler is to be entered next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Delivery {
+    /// Its vector.
+    pub vector: u8,
+    /// The error code that it pushes, if it pushes one.
+    pub error: Option<u32>,
+    /// Where it comes from.
+    pub source: DeliverySource,
+}
+
+/// Where an event comes from, which decides what its delivery checks and what a fault in it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeliverySource {
+    /// A local APIC, or another controller.
+    External,
+    /// An NMI.
+    Nmi,
+    /// An exception.
+    Exception,
+    /// INT n, INT3 or INTO.
+    Software,
 }
 
 /// A segment register with its hidden part.

@@ -5,6 +5,8 @@ use super::BootError;
 use super::layout;
 use super::params::put;
 use crate::hv::state::VcpuState;
+use crate::hv::state::x86_64::Activity;
+use crate::hv::state::x86_64::Events;
 use crate::hv::state::x86_64::Fpu;
 use crate::hv::state::x86_64::Lapic;
 use crate::hv::state::x86_64::Msrs;
@@ -67,7 +69,8 @@ pub(super) fn prepare(ram: &GuestRam, entry: GuestAddr) -> Result<VcpuState, Boo
         fpu: Fpu::default(),
         lapic: Lapic::default(),
         interrupt_shadow: false,
-        halted: false,
+        activity: Activity::Running,
+        events: Events::default(),
     })
 }
 

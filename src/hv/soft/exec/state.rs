@@ -15,7 +15,7 @@ use crate::hv::soft::fpu::FpuState;
 use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::{Msrs, Segment, Table};
+use crate::hv::state::x86_64::{Activity, Events, Msrs, Segment, Table};
 use crate::hv::{HvError, IoHandler};
 use crate::mem::GuestRam;
 
@@ -102,7 +102,8 @@ impl Cpu {
             fpu: self.fpu.save(),
             lapic: self.lapic.save(),
             interrupt_shadow: self.interrupt_shadow,
-            halted: false,
+            activity: Activity::Running,
+            events: Events::default(),
         }
     }
 
@@ -204,6 +205,8 @@ fn validate(state: &VcpuState) -> Result<(), &'static str> {
     require(segments.into_iter().all(|s| s.attributes & 0x0f00 == 0), "segment attributes with limit bits")?;
     require(is_valid_pat(msrs.pat), "PAT names no memory type")?;
     require(state.rflags & 2 != 0 && state.rflags >> 22 == 0, "RFLAGS with reserved bits")?;
+    require(matches!(state.activity, Activity::Running | Activity::Halted), "a processor that nobody has started")?;
+    require(state.events == Events::default(), "an event under way that this processor does not know")?;
     require(state.dr[4] >> 32 == 0 && state.dr[5] >> 32 == 0, "DR6 or DR7 wider than 32 bits")?;
     require(msrs.sfmask >> 32 == 0 && msrs.tsc_aux >> 32 == 0, "an MSR wider than 32 bits")
 }
