@@ -8,6 +8,7 @@
 
 mod support;
 
+use std::process::Command;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -30,6 +31,10 @@ const SIZES: [(usize, usize); 3] = [(1, 100), (10, 10), (100, 2)];
 /// As many restores at the same time as `Vm::fork` has.
 const PARALLEL: usize = 8;
 const MANY: usize = 100;
+/// What the benchmark asks of itself: the memory of guests of a kind.
+const MEMORY_OF: &str = "--memory-of";
+const CLONE: &str = "clone";
+const RESTORED: &str = "restored guest";
 /// Longer than a guest takes to become idle.
 const SETTLE: Duration = Duration::from_secs(1);
 
@@ -39,17 +44,22 @@ async fn main() {
     let image = Image::from_oci_layout(support::busybox_layout()).await.expect("the layout is ours");
     let baked = image.bake(VmConfig::new().memory(MEMORY)).await.expect("bakes");
     let vm = baked.start().await.expect("restores");
-    support::note_load();
-    for (count, rounds) in SIZES {
-        times(&vm, &baked, count, rounds).await;
+    let kind = std::env::args().skip_while(|argument| argument != MEMORY_OF).nth(1);
+    match kind.as_deref() {
+        Some(kind) => memory(kind, &vm, &baked).await,
+        None => {
+            support::note_load();
+            for (count, rounds) in SIZES {
+                times(&vm, &baked, count, rounds).await;
+            }
+            // Each in a process of its own, where no memory is left over from other guests.
+            for kind in [CLONE, RESTORED] {
+                let this = std::env::current_exe().expect("a benchmark has a file");
+                let status = Command::new(this).args([MEMORY_OF, kind]).status().expect("runs");
+                assert!(status.success(), "{status}");
+            }
+        }
     }
-
-    let before = Footprint::now();
-    let clones = vm.fork(MANY).await.expect("clones");
-    memory("clone", before, clones).await;
-    let before = Footprint::now();
-    let restored = restore(&baked, MANY).await.expect("restores");
-    memory("restored guest", before, restored).await;
 }
 
 async fn times(vm: &Vm, baked: &Baked, count: usize, rounds: usize) {
@@ -79,13 +89,19 @@ async fn restore(baked: &Baked, count: usize) -> Result<Vec<Vm>, StartError> {
     futures::stream::iter((0..count).map(|_| baked.start())).buffer_unordered(PARALLEL).try_collect().await
 }
 
-/// What each of `guests` has, which are there since `before`; then that each of them runs, and what each has after that.
-async fn memory(name: &str, before: Footprint, guests: Vec<Vm>) {
+/// What each of many guests of a kind has; then that each of them runs, and what each has after that.
+async fn memory(kind: &str, vm: &Vm, baked: &Baked) {
+    let before = Footprint::now();
+    let guests = match kind {
+        CLONE => vm.fork(MANY).await.expect("clones"),
+        RESTORED => restore(baked, MANY).await.expect("restores"),
+        other => panic!("{other} is no kind of guest"),
+    };
     let count = guests.len();
     let note = |when: &str| {
         let (guest, own) = Footprint::now().each_since(&before, count);
         support::note(&format!(
-            "each {name} of {count}, {when}: {own} KiB of ours, and {guest} KiB that the guest wrote"
+            "each {kind} of {count}, {when}: {own} KiB of ours, and {guest} KiB that the guest wrote"
         ));
     };
     tokio::time::sleep(SETTLE).await;

@@ -1,5 +1,5 @@
-//! Guest RAM: the only owner of guest mappings, and two of the unsafe fences: the mapping itself, and what the
-//! host's kernel is asked about its pages.
+//! Guest RAM: the only owner of guest mappings, and three of the unsafe fences: the mapping itself, what the
+//! host's kernel is asked about its pages, and arrays that are shared as guests' memory is.
 //!
 //! RAM is one host mapping, anonymous or a private one of a saved guest's memory. Guest-physically it lies in at most two pieces: from 0 up to
 //! [`HOLE_START`], and what does not fit from [`HOLE_END`] on; the hole between them belongs to MMIO.
@@ -16,6 +16,7 @@
 //! [`GuestRam::store`], which cost one compare and one move.
 
 mod code_pages;
+mod cow_array;
 mod extent;
 mod freeze;
 mod image;
@@ -25,6 +26,7 @@ mod ram;
 mod watch;
 
 pub use code_pages::{CodePages, CodePagesSlice};
+pub(crate) use cow_array::{ArrayImage, CowArray};
 pub use extent::Extent;
 pub use freeze::{CopiedMemory, MemoryCopy};
 pub(crate) use freeze::{is_zero, write_data};

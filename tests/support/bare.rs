@@ -55,12 +55,18 @@ pub(crate) struct Bare {
 impl Bare {
     /// Loads `code` and enters it.
     pub(crate) fn new(code: &[u8]) -> Self {
-        let ram = Arc::new(GuestRam::new(Bytes::mib(64)).expect("guest memory"));
+        let ram = GuestRam::new(Bytes::mib(64)).expect("guest memory");
         map_first_gib(&ram);
         for (i, &byte) in code.iter().enumerate() {
             ram.store(CODE + i as u64, byte).expect("code in memory");
         }
-        let vm = Soft::new().create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, Arc::clone(&ram)).expect("machine");
+        Self::enter(&Soft::new(), ram)
+    }
+
+    /// Enters the code that `ram` holds.
+    pub(crate) fn enter(engine: &dyn Hypervisor, ram: GuestRam) -> Self {
+        let ram = Arc::new(ram);
+        let vm = engine.create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, Arc::clone(&ram)).expect("machine");
         let seed = vm.create_vcpu(VcpuId(0)).expect("vcpu");
         let kick = Arc::new(OnceLock::new());
         let kicker = seed.kicker();

@@ -3,22 +3,34 @@
 //! Blocks are known by the RAM offset of their first byte, so one decoding serves every mapping of the page and
 //! outlives context switches. A block that the guest overwrites is not removed from the arena (others link to it):
 //! its first operation becomes [`branch::forward`], which leads to whatever is decoded in its place.
+//!
+//! ```text
+//!   arena  [ of the image, shared until it is changed ][ decoded or copied by this processor ... ]
+//! ```
+//!
+//! The arena of a machine whose memory others have had begins with their code, a [`CodeImage`]. A page of the image is
+//! taken whole, or not; and given up whole when one of its blocks is overwritten.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use rustc_hash::FxBuildHasher;
 
+use crate::hv::HvError;
+use crate::mem::CowArray;
 use crate::units::PAGE_SIZE;
 
+use super::code_image::{CodeImage, GeneralCode, Page};
 use super::cpu::Cpu;
 use super::fast::branch;
-use super::fast::{Op, Patch, UNLINKED};
+use super::fast::{Leave, Op, Patch, UNLINKED};
 use super::shared_code::Blocks;
 use super::translate::{Block, Translator};
 
-/// Operations kept before everything is dropped and decoded anew: 32 MiB of them.
+/// Operations of its own that a processor keeps before everything is dropped and decoded anew: 32 MiB of them.
 const MAX_OPS: usize = 1 << 20;
+/// More than a block has.
+const SPARE_OPS: usize = 128;
 
 /// A block's place in its page.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +41,18 @@ struct Extent {
     op: u32,
 }
 
+impl Extent {
+    fn overlaps(&self, offset: u64, len: u64) -> bool {
+        self.start < offset.saturating_add(len) && offset < self.start + self.bytes
+    }
+}
+
 /// All decoded code of one processor.
 #[derive(Debug)]
 pub(super) struct CodeCache {
-    arena: Vec<Op>,
+    arena: CowArray<Op>,
+    begun: Option<Begun>,
+    /// The processor's own blocks.
     blocks: HashMap<u64, u32, FxBuildHasher>,
     pages: HashMap<u64, Vec<Extent>, FxBuildHasher>,
     translator: Translator,
@@ -40,24 +60,105 @@ pub(super) struct CodeCache {
     shared: Option<Arc<Blocks>>,
 }
 
+/// The code that a processor began with.
+#[derive(Debug)]
+struct Begun {
+    image: Arc<CodeImage>,
+    /// By the pages' numbers.
+    taken: Box<[Taken]>,
+}
+
+/// What a processor has of a page of the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taken {
+    /// It has not come there.
+    Untried,
+    /// All of it.
+    Whole,
+    /// Nothing: its memory has other bytes there, or had for a while.
+    Not,
+}
+
+impl Begun {
+    fn new(image: Arc<CodeImage>) -> Self {
+        let taken = vec![Taken::Untried; image.page_count()].into();
+        Self { image, taken }
+    }
+
+    /// The block at a RAM offset, if the image has one and the processor may use it.
+    fn block(&mut self, cpu: &mut Cpu, at: u64) -> Option<u32> {
+        let page = self.image.page(at)?;
+        let taken = self.taken.get_mut(page.number)?;
+        if *taken == Taken::Untried {
+            guard(cpu, at);
+            *taken = if self.image.is_of(page, &cpu.ram) { Taken::Whole } else { Taken::Not };
+            if *taken == Taken::Whole {
+                mark(cpu, &self.image, page);
+            }
+        }
+        if *taken == Taken::Whole { self.image.block(page, at) } else { None }
+    }
+
+    /// The page of a RAM offset, if it is taken.
+    fn whole(&self, at: u64) -> Option<&Page> {
+        let page = self.image.page(at)?;
+        (self.taken.get(page.number) == Some(&Taken::Whole)).then_some(page)
+    }
+
+    /// Whether a range of one page has bytes of blocks that are taken.
+    fn overlaps(&self, offset: u64, len: u64) -> bool {
+        let places = self.whole(offset).map(|page| self.image.places(page)).unwrap_or_default();
+        places
+            .iter()
+            .any(|place| Extent { start: place.at, bytes: place.bytes.into(), op: place.op }.overlaps(offset, len))
+    }
+}
+
+/// Lets writes to the page of `at` be noticed from now on. To be called before its bytes are read.
+fn guard(cpu: &mut Cpu, at: u64) {
+    if !cpu.code_map.page_has_code(at) {
+        cpu.tlb.guard_writes(at);
+        cpu.ram.code_pages().watch(at);
+    }
+}
+
+/// Notes a page's blocks as decoded.
+fn mark(cpu: &mut Cpu, image: &CodeImage, page: &Page) {
+    for place in image.places(page) {
+        cpu.code_map.mark(place.at, place.bytes.into());
+    }
+}
+
 impl CodeCache {
-    pub(super) fn new(shared: Option<Arc<Blocks>>) -> Self {
-        let translator = Translator::new();
+    /// No code, or that of `shared`, whose other instructions `cpu` gets.
+    ///
+    /// # Errors
+    /// [`HvError::Call`] when the host has no memory.
+    pub(super) fn new(shared: Option<Arc<Blocks>>, cpu: &mut Cpu) -> Result<Self, HvError> {
+        let image = shared.as_ref().and_then(|shared| shared.image());
+        let arena = CowArray::new(image.as_ref().map(|image| image.ops()), MAX_OPS + SPARE_OPS);
+        cpu.general = GeneralCode::new(image.clone());
         let mut cache = Self {
-            arena: Vec::with_capacity(MAX_OPS + 128),
-            // A kernel's boot decodes some tens of thousands, a guest that is restored and idle a few thousand.
-            blocks: HashMap::with_capacity_and_hasher(1 << 11, FxBuildHasher),
+            arena: arena.map_err(|source| HvError::Call { call: "mmap", source })?,
+            begun: image.map(Begun::new),
+            blocks: HashMap::default(),
             pages: HashMap::default(),
-            translator,
+            translator: Translator::new(),
             shared,
         };
-        // Reserved whole so that it never moves; the host gives memory only for what is used.
-        cache.arena.push(unreachable_op());
-        cache
+        cache.begin();
+        Ok(cache)
+    }
+
+    /// An arena is never empty: index 0 is no block's, so that a link of 0 means none.
+    fn begin(&mut self) {
+        if self.arena.as_slice().is_empty() {
+            let _room = self.arena.extend(&[UNREACHABLE]);
+        }
     }
 
     pub(super) fn arena(&self) -> &[Op] {
-        &self.arena
+        self.arena.as_slice()
     }
 
     /// The block at a RAM offset, decoded now if it is not known.
@@ -65,17 +166,19 @@ impl CodeCache {
         if let Some(&block) = self.blocks.get(&at) {
             return block;
         }
-        if self.arena.len() > MAX_OPS {
+        if let Some(block) = self.begun.as_mut().and_then(|begun| begun.block(cpu, at)) {
+            return block;
+        }
+        let image = self.begun.as_ref().map_or(0, |begun| begun.image.ops().len());
+        if self.arena().len() > image + MAX_OPS {
             self.clear(cpu);
         }
-        let op = self.arena.len() as u32;
+        guard(cpu, at);
+        let op = self.arena().len() as u32;
         let bytes = self.decode(cpu, at);
         self.blocks.insert(at, op);
         self.pages.entry(at / PAGE_SIZE).or_default().push(Extent { start: at, bytes, op });
-        if cpu.code_map.mark(at, bytes) {
-            cpu.tlb.guard_writes(at);
-            cpu.ram.code_pages().watch(at);
-        }
+        cpu.code_map.mark(at, bytes);
         op
     }
 
@@ -85,12 +188,14 @@ impl CodeCache {
         let Self { arena, shared, translator, .. } = self;
         let Cpu { ram, general, .. } = cpu;
         let mut install = |block: Block<'_>| {
-            let (start, first) = (arena.len(), general.len() as u64);
-            arena.extend_from_slice(block.ops);
-            general.extend_from_slice(block.general);
-            for &op in block.general_ops {
-                if let Some(op) = arena.get_mut(start + usize::from(op)) {
-                    op.imm += first;
+            let (start, first) = (arena.as_slice().len(), general.len() as u64);
+            // There is room: see `block`. A block that is not there ends the guest with an error.
+            if arena.extend(block.ops) {
+                general.extend(block.general);
+                for index in block.general_from(start) {
+                    if let Some(op) = arena.get_mut(index) {
+                        op.imm += first;
+                    }
                 }
             }
             block.source.len() as u64
@@ -132,44 +237,66 @@ impl CodeCache {
         }
     }
 
-    /// Drops the blocks of one page that overlap a range in it.
+    /// Drops the blocks of one page that overlap a range in it; all that are of the image, if one does.
     fn drop_range(&mut self, cpu: &mut Cpu, offset: u64, len: u64) {
+        let Self { arena, begun, blocks, pages, .. } = self;
+        if let Some(begun) = begun
+            && begun.overlaps(offset, len)
+            && let Some(page) = begun.image.page(offset)
+        {
+            begun.image.places(page).iter().for_each(|place| lead_on(arena, place.op, place.at));
+            begun.taken[page.number] = Taken::Not;
+        }
         let page = offset / PAGE_SIZE;
-        let Some(extents) = self.pages.get_mut(&page) else { return };
-        let end = offset.saturating_add(len);
-        let (arena, blocks) = (&mut self.arena, &mut self.blocks);
-        extents.retain(|extent| {
-            let overlaps = extent.start < end && offset < extent.start + extent.bytes;
-            if overlaps {
-                blocks.remove(&extent.start);
-                if let Some(op) = arena.get_mut(extent.op as usize) {
-                    *op = Op {
-                        run: branch::forward,
-                        link: UNLINKED,
-                        misc: 1 << 2,
-                        at: (extent.start % PAGE_SIZE) as u16,
-                        ..*op
-                    };
+        if let Some(extents) = pages.get_mut(&page) {
+            extents.retain(|extent| {
+                let overlaps = extent.overlaps(offset, len);
+                if overlaps {
+                    blocks.remove(&extent.start);
+                    lead_on(arena, extent.op, extent.start);
                 }
+                !overlaps
+            });
+            if extents.is_empty() {
+                pages.remove(&page);
             }
-            !overlaps
-        });
+        }
+        self.mark_anew(cpu, offset);
+    }
+
+    /// Brings what is known of a page's decoded bytes up to date after some were dropped.
+    fn mark_anew(&self, cpu: &mut Cpu, offset: u64) {
         cpu.code_map.clear_page(offset);
-        for extent in extents.iter() {
+        for extent in self.pages.get(&(offset / PAGE_SIZE)).into_iter().flatten() {
             cpu.code_map.mark(extent.start, extent.bytes);
         }
-        if extents.is_empty() {
-            self.pages.remove(&page);
+        if let Some(begun) = &self.begun
+            && let Some(page) = begun.whole(offset)
+        {
+            mark(cpu, &begun.image, page);
+        }
+        if !cpu.code_map.page_has_code(offset) {
             cpu.ram.code_pages().unwatch(offset);
         }
     }
 
-    /// Drops everything.
+    /// Drops everything: what is left is what the processor began with.
     pub(super) fn clear(&mut self, cpu: &mut Cpu) {
-        for &page in self.pages.keys() {
-            cpu.ram.code_pages().unwatch(page * PAGE_SIZE);
+        let own = self.pages.keys().map(|page| page * PAGE_SIZE);
+        let begun = self.begun.iter().flat_map(|begun| {
+            let pages = begun.image.page_numbers().map(|page| page * PAGE_SIZE);
+            pages.filter(|page| begun.whole(*page).is_some())
+        });
+        own.chain(begun).for_each(|page| cpu.ram.code_pages().unwatch(page));
+        if let Err(error) = self.arena.reset() {
+            // What it began with may be in any state.
+            self.begun = None;
+            tracing::debug!(%error, "shared code is given up");
         }
-        self.arena.truncate(1);
+        self.begin();
+        if let Some(begun) = &mut self.begun {
+            begun.taken.fill(Taken::Untried);
+        }
         self.blocks.clear();
         self.pages.clear();
         cpu.code_map.clear();
@@ -179,19 +306,24 @@ impl CodeCache {
     }
 }
 
-/// Index 0, so that no block has it and a link of 0 means none.
-fn unreachable_op() -> Op {
-    Op {
-        run: |_, _, _, _| super::fast::Leave::Sync,
-        imm: 0,
-        disp: 0,
-        link: UNLINKED,
-        dst: 0,
-        src: 0,
-        base: 0,
-        index: 0,
-        at: 0,
-        len: 0,
-        misc: 0,
+/// Makes the block at index `op`, decoded from RAM offset `at`, lead to what is decoded in its place.
+fn lead_on(arena: &mut CowArray<Op>, op: u32, at: u64) {
+    if let Some(op) = arena.get_mut(op as usize) {
+        *op = Op { run: branch::forward, link: UNLINKED, misc: 1 << 2, at: (at % PAGE_SIZE) as u16, ..*op };
     }
 }
+
+/// At index 0.
+pub(super) const UNREACHABLE: Op = Op {
+    run: |_, _, _, _| Leave::Sync,
+    imm: 0,
+    disp: 0,
+    link: UNLINKED,
+    dst: 0,
+    src: 0,
+    base: 0,
+    index: 0,
+    at: 0,
+    len: 0,
+    misc: 0,
+};

@@ -42,14 +42,12 @@ impl CodeMap {
         self.page(offset).is_some_and(|granules| granules & Self::mask(offset, len) != 0)
     }
 
-    /// Marks bytes of one page as decoded; true when they are the page's first.
-    pub(super) fn mark(&mut self, offset: u64, len: u64) -> bool {
+    /// Marks bytes of one page as decoded.
+    pub(super) fn mark(&mut self, offset: u64, len: u64) {
         let page = (offset / PAGE_SIZE) as usize;
-        let Some(region) = self.0.get_mut(page / REGION) else { return false };
+        let Some(region) = self.0.get_mut(page / REGION) else { return };
         let granules = &mut region.get_or_insert_with(|| Box::new([0; REGION]))[page % REGION];
-        let first = *granules == 0;
         *granules |= Self::mask(offset, len);
-        first
     }
 
     /// Forgets the whole page of `offset`.

@@ -2,16 +2,14 @@
 
 use std::sync::Arc;
 
-use iced_x86::Instruction;
-
 use crate::hv::IoHandler;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
 
 use super::apic::{IOAPIC_BASE, IoApic, Lapic};
 use super::clock::Clock;
+use super::code_image::GeneralCode;
 use super::code_map::CodeMap;
-use super::exec::Executor;
 use super::fast::branch::JumpCache;
 use super::fast::{Miss, Patch};
 use super::fault::{Exception, Stop};
@@ -154,7 +152,7 @@ pub(super) struct Cpu {
     /// Blocks by linear address.
     pub(super) jumps: JumpCache,
     /// Instructions of decoded code that the general executor runs.
-    pub(super) general: Vec<(Executor, Instruction)>,
+    pub(super) general: GeneralCode,
     /// Instructions left before the chain of operations returns to the run loop.
     pub(super) budget: i32,
     /// The branch that the next lookup is for.

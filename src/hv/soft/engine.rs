@@ -143,6 +143,6 @@ impl VcpuSeed for Seed {
     fn bind(self: Box<Self>, io: Box<dyn IoHandler>) -> Result<Box<dyn Vcpu>, HvError> {
         let Self { id, ram, ioapic, clock, mailbox, retired, code } = *self;
         let lapic = Lapic::new(id.0.into(), Arc::clone(&mailbox), clock.clone(), Arc::clone(&ioapic));
-        Ok(Box::new(SoftVcpu::new(Cpu::new(ram, io, lapic, ioapic, clock), mailbox, retired, code)))
+        Ok(Box::new(SoftVcpu::new(Cpu::new(ram, io, lapic, ioapic, clock), mailbox, retired, code)?))
     }
 }

@@ -4,6 +4,7 @@
 mod apic;
 mod clock;
 mod code;
+mod code_image;
 mod code_map;
 mod cpu;
 mod cpuid;

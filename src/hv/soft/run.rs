@@ -50,8 +50,16 @@ pub(super) struct SoftVcpu {
 }
 
 impl SoftVcpu {
-    pub(super) fn new(cpu: Cpu, mailbox: Arc<Mailbox>, retired: Arc<AtomicU64>, shared: Option<Arc<Blocks>>) -> Self {
-        Self { cpu, code: CodeCache::new(shared), mailbox, halted: false, slice: 0, executed: 0, retired }
+    /// # Errors
+    /// [`HvError::Call`] when the host has no memory.
+    pub(super) fn new(
+        mut cpu: Cpu,
+        mailbox: Arc<Mailbox>,
+        retired: Arc<AtomicU64>,
+        shared: Option<Arc<Blocks>>,
+    ) -> Result<Self, HvError> {
+        let code = CodeCache::new(shared, &mut cpu)?;
+        Ok(Self { cpu, code, mailbox, halted: false, slice: 0, executed: 0, retired })
     }
 
     fn advance(&mut self) -> Result<Option<Exit>, HvError> {

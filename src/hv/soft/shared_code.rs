@@ -12,12 +12,16 @@ use rustc_hash::FxBuildHasher;
 
 use crate::mem::{GuestRam, MemoryId};
 
+use super::code_image::CodeImage;
 use super::exec::Executor;
 use super::fast::Op;
-use super::translate::Block;
+use super::translate::{Block, Exits};
 
 /// Operations kept for all machines of one memory image: 16 MiB of them.
 const MAX_OPS: usize = 1 << 19;
+/// An image of the code is made anew when this much more is known than it has: a quarter, and so many operations.
+const IMAGE_GROWTH: usize = 4;
+const IMAGE_LEAST: usize = 1 << 12;
 /// Memory images whose blocks are kept; of more the one that was used least recently is forgotten.
 const MAX_IMAGES: usize = 4;
 
@@ -46,6 +50,7 @@ impl SharedCode {
 #[derive(Debug, Default)]
 pub(super) struct Blocks {
     known: RwLock<Known>,
+    image: Mutex<Option<Arc<CodeImage>>>,
 }
 
 /// All blocks' parts one after another, so that a block is not four pieces of memory of its own.
@@ -65,6 +70,7 @@ struct Place {
     ops: (u32, u8),
     general: (u32, u8),
     general_ops: (u32, u8),
+    exits: Exits,
 }
 
 impl Known {
@@ -78,7 +84,15 @@ impl Known {
             ops: part(&self.ops, place.ops)?,
             general: part(&self.general, place.general)?,
             general_ops: part(&self.general_ops, place.general_ops)?,
+            exits: place.exits,
         })
+    }
+
+    /// All blocks, by ascending offset.
+    fn blocks(&self) -> impl Iterator<Item = (u64, Block<'_>)> {
+        let mut all: Vec<u64> = self.places.keys().copied().collect();
+        all.sort_unstable();
+        all.into_iter().filter_map(|at| Some((at, self.block(at)?)))
     }
 
     fn keep(&mut self, at: u64, block: Block<'_>) {
@@ -93,6 +107,7 @@ impl Known {
                 ops: append(&mut self.ops, block.ops)?,
                 general: append(&mut self.general, block.general)?,
                 general_ops: append(&mut self.general_ops, block.general_ops)?,
+                exits: block.exits,
             })
         })();
         self.places.extend(place.map(|place| (at, place)));
@@ -100,6 +115,20 @@ impl Known {
 }
 
 impl Blocks {
+    /// What a new processor begins with; none while little is known, or on a host that has no memory to share.
+    pub(super) fn image(&self) -> Option<Arc<CodeImage>> {
+        let mut image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let has = image.as_ref().map_or(0, |image| image.ops().len());
+        if known.ops.len() >= has + has / IMAGE_GROWTH + IMAGE_LEAST {
+            match CodeImage::new(known.blocks()) {
+                Ok(new) => *image = Some(Arc::new(new)),
+                Err(error) => tracing::debug!(%error, "decoded code is not shared"),
+            }
+        }
+        image.clone()
+    }
+
     /// Hands the block at `at` to `install`, if it was decoded from what `ram` has there now.
     pub(super) fn get<R>(&self, ram: &GuestRam, at: u64, install: impl FnOnce(Block<'_>) -> R) -> Option<R> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);

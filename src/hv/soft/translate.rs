@@ -29,9 +29,19 @@ pub(super) struct Block<'a> {
     pub(super) general: &'a [(Executor, Instruction)],
     /// Which operations those are: their immediates count from the block's first one.
     pub(super) general_ops: &'a [u8],
+    /// Where in the page it may go on by the links of its last operation: the one in `link`, and the one in `disp`.
+    pub(super) exits: Exits,
 }
 
+/// Offsets in the page.
+pub(super) type Exits = [Option<u16>; 2];
+
 impl Block<'_> {
+    /// The indexes of the general executor's operations, when the first of the block's has index `start`.
+    pub(super) fn general_from(&self, start: usize) -> impl Iterator<Item = usize> {
+        self.general_ops.iter().map(move |op| start + usize::from(*op))
+    }
+
     /// Whether `ram` has at `at` what it was decoded from.
     pub(super) fn is_of(&self, ram: &GuestRam, at: u64) -> bool {
         let mut bytes = [0; WINDOW];
@@ -93,6 +103,20 @@ impl Translator {
             ops: &self.ops,
             general: &self.general,
             general_ops: &self.general_ops,
+            exits: self.exits(end),
+        }
+    }
+
+    /// Where the last operation may go on in the page; the block's code ends at `end`.
+    fn exits(&self, end: u64) -> Exits {
+        let within = |at: u64| u16::try_from(at).ok().filter(|at| u64::from(*at) < PAGE_SIZE);
+        let Some(last) = self.insns.last() else { return [None; 2] };
+        let general = self.general_ops.last().map(|op| usize::from(*op) + 1) == Some(self.ops.len());
+        match last.flow_control() {
+            FlowControl::Next => [within(end), None],
+            _ if general || last.op0_kind() != OpKind::NearBranch64 => [None; 2],
+            FlowControl::ConditionalBranch => [within(last.near_branch_target()), within(end)],
+            _ => [within(last.near_branch_target()), None],
         }
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::hv::soft::apic::{IoApic, Lapic};
 use crate::hv::soft::clock::Clock;
+use crate::hv::soft::code_image::GeneralCode;
 use crate::hv::soft::code_map::CodeMap;
 use crate::hv::soft::cpu::{Control, Cpu, SystemMsrs, cr0, efer, is_canonical, seg, slot};
 use crate::hv::soft::fast::Miss;
@@ -67,7 +68,7 @@ impl Cpu {
             fetches: Fetches::new(),
             sse_ready: false,
             jumps: JumpCache::new(),
-            general: Vec::new(),
+            general: GeneralCode::default(),
             budget: 0,
             patch: None,
             miss: Miss { va: 0, size: 0 },

@@ -4,14 +4,10 @@ use super::super::cpu::{Cpu, slot};
 use super::{Leave, Op, Patch, UNLINKED, address, get, load, writable};
 use crate::units::PAGE_SIZE;
 
-/// Remembered by linear address: the block decoded there.
-#[derive(Clone, Copy, Debug)]
-pub(in super::super) struct JumpEntry {
-    va: u64,
-    /// Fetch epoch and privilege mode that the entry is good for.
-    key: u32,
-    block: u32,
-}
+/// Remembered by linear address: the address inverted; then the fetch epoch and privilege mode that the entry is good for,
+/// and the block decoded there. An entry of zeros is that of the last byte of the address space, where no instruction lies
+/// that is worth remembering.
+type JumpEntry = [u64; 2];
 
 /// Entries of the jump cache, 16 bytes each: about as many as a fork and exec run through different blocks.
 pub(in super::super) const JUMP_ENTRIES: usize = 16384;
@@ -22,10 +18,9 @@ pub(in super::super) struct JumpCache(Box<[JumpEntry; JUMP_ENTRIES]>);
 
 impl JumpCache {
     pub(in super::super) fn new() -> Self {
-        // No instruction lies at the last byte of the address space and is worth remembering.
-        let nothing = JumpEntry { va: u64::MAX, key: 0, block: UNLINKED };
-        // Not by way of an array, which would be made on the stack and keep it large.
-        let entries = vec![nothing; JUMP_ENTRIES].into_boxed_slice();
+        // Integers of zeros, so that the host gives memory only for what is used. Not by way of an array, which would be
+        // made on the stack and keep it large.
+        let entries = vec![[0; 2]; JUMP_ENTRIES].into_boxed_slice();
         Self(entries.try_into().expect("as many entries as were asked for"))
     }
 
@@ -35,13 +30,13 @@ impl JumpCache {
     }
 
     pub(in super::super) fn insert(&mut self, va: u64, key: u32, block: u32) {
-        self.0[Self::index(va)] = JumpEntry { va, key, block };
+        self.0[Self::index(va)] = [!va, u64::from(key) << 32 | u64::from(block)];
     }
 
     #[inline(always)]
     fn get(&self, va: u64, key: u32) -> Option<u32> {
-        let entry = &self.0[Self::index(va)];
-        (entry.va == va && entry.key == key).then_some(entry.block)
+        let [at, what] = self.0[Self::index(va)];
+        (at == !va && (what >> 32) as u32 == key).then_some(what as u32)
     }
 
     pub(in super::super) fn clear(&mut self) {

@@ -238,7 +238,7 @@ fn redecoded(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
 
 /// Runs an instruction that has no handler of its own.
 pub(super) fn general(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
-    let Some(&(execute, ref insn)) = cpu.general.get(op.imm as usize) else { return Leave::Sync };
+    let Some(&(execute, ref insn)) = cpu.general.get(op.imm) else { return Leave::Sync };
     let insn = *insn;
     let at = cpu.regs[slot::PAGE].wrapping_add(u64::from(op.at));
     cpu.rip = at.wrapping_add(u64::from(op.len));
