@@ -10,7 +10,7 @@ use crate::units::PAGE_SIZE;
 type JumpEntry = [u64; 2];
 
 /// Entries of the jump cache, 16 bytes each: about as many as a fork and exec run through different blocks.
-pub(in super::super) const JUMP_ENTRIES: usize = 16384;
+pub(in super::super) const JUMP_ENTRIES: usize = 8192;
 
 /// Blocks by linear address, direct-mapped.
 #[derive(Debug)]
