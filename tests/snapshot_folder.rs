@@ -20,6 +20,7 @@ use bare_machine::program;
 use bare_machine::say;
 use bare_machine::set_flag;
 use kiln::hv::soft::Soft;
+use kiln::hv::state::x86_64::Activity;
 use kiln::hv::{HvError, HvVm, Hypervisor, VmSpec};
 use kiln::mem::GuestRam;
 use kiln::snapshot::{Contents, FORMAT, Kind, Origin, Snapshot, SnapshotError};
@@ -330,6 +331,8 @@ async fn forged_states_are_errors_that_say_what_is_wrong() {
     let forgeries: Vec<(&str, Forgery)> = vec![
         ("processor", state(|s| s.vcpus[0].cr0 = 0)),
         ("processor", state(|s| s.vcpus[0].rip = 1 << 63)),
+        ("nobody has started", state(|s| s.vcpus[0].activity = Activity::WaitsForInit)),
+        ("under way", state(|s| s.vcpus[0].events.nmi_pending = true)),
         ("processors", state(|s| s.vcpus.clear())),
         ("sizes", state(|s| s.memory = Bytes(4096))),
         ("size", text(size, r#""size":18446744073709551615"#)),

@@ -18,7 +18,6 @@ use std::num::NonZeroU8;
 use std::sync::Arc;
 
 use crate::mem::GuestRam;
-use crate::mem::PageSet;
 use crate::units::{Gsi, GuestAddr, VcpuId};
 use state::IrqChipState;
 use state::VcpuState;
@@ -137,27 +136,6 @@ pub trait HvVm: Debug + Send + Sync {
 
     /// Lets time go on from where it stood, without a jump. Idempotent.
     fn start_time(&self) {}
-
-    /// Begins to note which pages of RAM the vCPUs write, or begins anew: what was noted is forgotten. What devices write
-    /// through the host's mapping is not noted. From any thread, also while vCPUs run.
-    ///
-    /// # Errors
-    /// [`HvError::Unsupported`] by an engine that cannot tell, and what the host refuses.
-    fn start_dirty_log(&self) -> Result<(), HvError> {
-        Err(HvError::Unsupported("noting which pages are written"))
-    }
-
-    /// The pages that vCPUs have written since the log was started or last taken, and perhaps a few more. A write that
-    /// is under way during the call is in this answer or in the next, never in none.
-    ///
-    /// # Errors
-    /// [`HvError::Unsupported`] when the log was not started, and what the host refuses.
-    fn take_dirty_log(&self) -> Result<PageSet, HvError> {
-        Err(HvError::Unsupported("noting which pages are written"))
-    }
-
-    /// Ends the log and what it costs. Idempotent.
-    fn stop_dirty_log(&self) {}
 
     /// The guest's time stamp counter now, the same on all vCPUs; `None` by an engine that cannot tell while the guest
     /// runs.

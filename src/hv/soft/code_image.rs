@@ -125,27 +125,28 @@ impl CodeImage {
 #[derive(Debug, Default)]
 pub(super) struct GeneralCode {
     image: Option<Arc<CodeImage>>,
+    /// How many are the image's.
+    begun: usize,
     own: Vec<(Executor, Instruction)>,
 }
 
 impl GeneralCode {
     pub(super) fn new(image: Option<Arc<CodeImage>>) -> Self {
-        Self { image, own: Vec::new() }
+        let begun = image.as_ref().map_or(0, |image| image.general.len());
+        Self { image, begun, own: Vec::new() }
     }
 
-    fn image(&self) -> &[(Executor, Instruction)] {
-        self.image.as_ref().map(|image| &*image.general).unwrap_or_default()
-    }
-
-    #[inline]
+    #[inline(always)]
     pub(super) fn get(&self, index: u64) -> Option<&(Executor, Instruction)> {
-        let image = self.image();
         let index = index as usize;
-        image.get(index).or_else(|| self.own.get(index.checked_sub(image.len())?))
+        match index.checked_sub(self.begun) {
+            Some(own) => self.own.get(own),
+            None => self.image.as_ref()?.general.get(index),
+        }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.image().len() + self.own.len()
+        self.begun + self.own.len()
     }
 
     pub(super) fn extend(&mut self, more: &[(Executor, Instruction)]) {
