@@ -2,8 +2,8 @@
 //! difference to what it was restored from. The references are QEMU's migration to a file, and writing as many bytes.
 //!
 //! `cargo bench --bench snapshot`. A guest of 128 MiB with busybox, restored from its baked snapshot, that has written
-//! nothing, 1 MB and 50 MB since. It stands still during `Machine::freeze`, which is timed by itself, from the call to the
-//! return, on a guest of the same history; `Vm::snapshot` and `snapshot_diff` are timed until they return, when all is synced.
+//! nothing, 1 MB and 50 MB since. It stands still for a part of `Machine::freeze`, which is timed by itself on a guest of the
+//! same history: the pause, and from the call to the return; `Vm::snapshot` and `snapshot_diff` are timed until they return, when all is synced.
 
 mod support;
 
@@ -53,8 +53,8 @@ async fn main() {
         subject.content.resize(megabytes * 1_000_000, 0);
         getrandom::fill(&mut subject.content).expect("the host has entropy");
         let title = format!("a guest that wrote {megabytes} MB");
-        let pause = subject.pauses().await;
-        support::report_tail(&format!("{title}, standing still"), &[&pause]);
+        let [pause, call] = subject.pauses().await;
+        support::report_tail(&format!("{title}, standing still"), &[&pause, &call]);
         let snapshot = subject.snapshots(&title).await;
         unchanged.get_or_insert((pause, snapshot));
     }
@@ -82,24 +82,24 @@ struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    /// How long a guest stands still each time.
-    async fn pauses(&self) -> Sample {
+    /// How long a guest stands still each time, and how long all of it takes.
+    async fn pauses(&self) -> [Sample; 2] {
         let disk: Arc<dyn BlockBackend> = Arc::new(ConcatBackend::open(self.root.files()).expect("the root image"));
         let mut machine = self.baked.snapshot().restore(&Soft::new(), &[disk]).await.expect("restores");
         machine.resume();
         let connector = Arc::new(machine.connector().clone());
         wait_ready(&*connector, DEADLINE).await.expect("an answer");
         self.write(GuestFiles::over(connector)).await;
-        let mut sample = Sample::new("kiln, freeze");
+        let mut samples = ["kiln, pause", "kiln, freeze"].map(Sample::new);
         for _ in 0..PAUSES {
             let began = Instant::now();
             let frozen = machine.freeze().await.expect("freezes");
-            sample.add(began.elapsed());
-            drop(frozen);
+            samples[1].add(began.elapsed());
+            samples[0].add(frozen.paused());
         }
         machine.stop();
         machine.ended().await;
-        sample
+        samples
     }
 
     /// Reports on snapshots in full, whose times are returned, and on differences.

@@ -5,7 +5,7 @@ mod bare;
 #[path = "support/bare_machine.rs"]
 mod bare_machine;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bare_machine::copy;
 use bare_machine::program;
@@ -98,8 +98,10 @@ async fn freeze_often(machine: &mut Machine, seed: u64) -> Frozen {
     let (mut before, mut last) = (0, None);
     for moment in random(seed).take(50) {
         go_on(machine, moment % 300).await;
+        let began = Instant::now();
         let frozen = machine.freeze().await.expect("kept");
         assert!(!machine.is_paused());
+        assert!((Duration::from_nanos(1)..began.elapsed()).contains(&frozen.paused()), "{:?}", frozen.paused());
         let round = check(&frozen);
         assert!(round >= before, "round {round} after {before}");
         (before, last) = (round, Some(frozen));
@@ -139,6 +141,7 @@ async fn a_paused_machine_stays_so() {
     let rounds = [(); 2].map(|()| number(machine.memory(), FIRST));
     let frozen = machine.freeze().await.expect("kept");
     assert!(machine.is_paused());
+    assert_eq!(frozen.paused(), Duration::ZERO);
     assert_eq!([check(&frozen); 2], rounds);
 }
 

@@ -6,7 +6,7 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -30,9 +30,16 @@ use crate::mem::RamError;
 pub struct Frozen {
     state: Arc<MachineState>,
     memory: MemoryImage,
+    paused: Duration,
 }
 
 impl Frozen {
+    /// For how long the machine stood still for this, counted from when it was asked to; zero for one that was paused.
+    #[must_use]
+    pub fn paused(&self) -> Duration {
+        self.paused
+    }
+
     /// The machine's state.
     #[must_use]
     pub fn state(&self) -> &MachineState {
@@ -93,10 +100,12 @@ impl Machine {
         stopped.machine.pause().await?;
         let state = Arc::new(stopped.machine.save().await?);
         let copied = off_executor(move || copy.finish()).await?;
+        let goes_on = stopped.goes_on;
         drop(stopped);
-        tracing::debug!(paused = ?began.elapsed(), "the machine is kept as it was");
+        let paused = if goes_on { began.elapsed() } else { Duration::ZERO };
+        tracing::debug!(?paused, "the machine is kept as it was");
         let memory = off_executor(move || copied.into_image()).await?;
-        Ok(Frozen { state, memory })
+        Ok(Frozen { state, memory, paused })
     }
 }
 
