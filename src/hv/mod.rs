@@ -18,6 +18,7 @@ use std::num::NonZeroU8;
 use std::sync::Arc;
 
 use crate::mem::GuestRam;
+use crate::mem::PageSet;
 use crate::units::{Gsi, GuestAddr, VcpuId};
 use state::IrqChipState;
 use state::VcpuState;
@@ -141,6 +142,32 @@ pub trait HvVm: Debug + Send + Sync {
     /// runs.
     fn time_stamp(&self) -> Option<TimeStamp> {
         None
+    }
+
+    /// Begins to note which pages the vCPUs write, from now on; what was noted before is forgotten. Called when no vCPU
+    /// runs. What devices write goes through memory's own view and is not in this log.
+    ///
+    /// # Errors
+    /// [`HvError`] by an engine that keeps no log, or when the host refuses.
+    fn start_dirty_log(&self) -> Result<(), HvError> {
+        Err(HvError::Unsupported("a log of written pages"))
+    }
+
+    /// The pages that vCPUs have written since the log was begun or last taken. May be called while vCPUs run: a write
+    /// is then in this log or in the next, never in none.
+    ///
+    /// # Errors
+    /// [`HvError`] when no log is kept, or the host refuses.
+    fn take_dirty_log(&self) -> Result<PageSet, HvError> {
+        Err(HvError::Unsupported("a log of written pages"))
+    }
+
+    /// Ends the log, and what it costs. Called when no vCPU runs. Idempotent.
+    ///
+    /// # Errors
+    /// [`HvError`] when the host refuses.
+    fn stop_dirty_log(&self) -> Result<(), HvError> {
+        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ pub struct PageSet {
 
 impl PageSet {
     /// No page of the `len` bytes of RAM.
-    pub(super) fn none(len: u64) -> Self {
+    pub(crate) fn none(len: u64) -> Self {
         Self { bits: vec![0; (len / PAGE_SIZE).div_ceil(64) as usize] }
     }
 
@@ -36,7 +36,7 @@ impl PageSet {
     }
 
     /// Adds the pages of `extent`, as far as they are RAM.
-    pub(super) fn add(&mut self, extent: Extent) {
+    pub(crate) fn add(&mut self, extent: Extent) {
         for page in extent.offset / PAGE_SIZE..extent.end() / PAGE_SIZE {
             if let Some(word) = self.bits.get_mut((page / 64) as usize) {
                 *word |= 1 << (page % 64);
@@ -55,7 +55,7 @@ impl PageSet {
     }
 
     /// How many pages are in it.
-    pub(super) fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         self.bits.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
