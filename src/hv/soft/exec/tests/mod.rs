@@ -108,6 +108,7 @@ impl Machine {
 
     fn registers(&mut self) {
         let cpu = &mut self.cpu;
+        cpu.regs[slot::RDX] = 0;
         cpu.control.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::ET | cr0::NE;
         cpu.control.cr3 = PML4;
         cpu.control.cr4 = cr4::PAE | cr4::PGE;
