@@ -3,6 +3,7 @@
 
 mod events;
 mod instructions;
+mod modes;
 mod paging;
 mod strings;
 mod system;
