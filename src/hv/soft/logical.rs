@@ -103,7 +103,7 @@ impl Cpu {
         }
         let address = self.segment_address(seg::CS, offset, 1, Access::Fetch)?;
         let limit = u64::from(self.segments[seg::CS].limit);
-        Ok((address, limit - offset + 1))
+        Ok((address, limit.saturating_sub(offset) + 1))
     }
 
     /// Whether execution may go on at `target`: canonical, or within the code segment.

@@ -23,18 +23,28 @@ struct Crossing {
     execute: Executor,
 }
 
-/// The last instruction decoded at each of a few addresses, good while the bytes there are the same.
+/// The last instruction decoded at each of a number of addresses, good while the bytes there are the same: of a few for
+/// the instructions that cross a page, of more once all code comes here.
 #[derive(Debug)]
-pub(super) struct CrossingCache([Option<Crossing>; 64]);
+pub(super) struct CrossingCache(Vec<Option<Crossing>>);
+
+/// Crossing instructions lie at page ends: the page number tells them apart.
+const FEW: usize = 64;
+/// About what a program of 32 bits runs through again and again; some 300 KiB.
+const MANY: usize = 4096;
 
 impl CrossingCache {
     pub(super) fn new() -> Self {
-        Self([None; 64])
+        Self(vec![None; FEW])
     }
 
-    fn index(at: u64) -> usize {
-        // Crossing instructions lie at page ends: the page number tells them apart.
-        (at ^ (at >> 12)) as usize & 63
+    /// The place of what was decoded at `at` as code of `bits`.
+    fn place(&mut self, at: u64, bits: u32) -> &mut Option<Crossing> {
+        if bits != 64 && self.0.len() == FEW {
+            self.0 = vec![None; MANY];
+        }
+        let index = (at ^ (at >> 12)) as usize & (self.0.len() - 1);
+        &mut self.0[index]
     }
 }
 
@@ -55,8 +65,7 @@ impl Cpu {
         let Fetched { at, bytes, len, beyond } = self.fetch_bytes(rip)?;
         // Outside 64-bit mode branch targets count from the code segment's base.
         self.regs[slot::PAGE] = rip.wrapping_sub(at % PAGE_SIZE);
-        let index = CrossingCache::index(at);
-        if let Some(Crossing { at: known, bits: width, bytes: same, insn, execute }) = self.crossings.0[index]
+        if let Some(Crossing { at: known, bits: width, bytes: same, insn, execute }) = *self.crossings.place(at, bits)
             && (known, width) == (at, bits)
             && len == MAX_LENGTH
             && same == bytes
@@ -73,7 +82,7 @@ impl Cpu {
             return Err(Exception::INVALID_OPCODE.into());
         };
         if len == MAX_LENGTH {
-            self.crossings.0[index] = Some(Crossing { at, bits, bytes, insn, execute });
+            *self.crossings.place(at, bits) = Some(Crossing { at, bits, bytes, insn, execute });
         }
         self.execute_at(rip, bits, &insn, execute)
     }

@@ -10,8 +10,9 @@ use super::msr::is_valid_pat;
 
 const EFER_KNOWN: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE;
 
-/// The code bit of a segment's type, and the bits beside it that a segment register in use has: S and P.
+/// In a segment's type: code; of data, that it grows down. And what a segment register in use has beside it: S and P.
 const CODE: u16 = 1 << 3;
+const EXPAND_DOWN: u16 = 1 << 2;
 const IN_USE: u16 = 1 << 4 | 1 << 7;
 /// CS.L and CS.D.
 const LONG: u16 = 1 << 13;
@@ -50,6 +51,7 @@ fn mode(state: &VcpuState) -> Result<(), &'static str> {
     require(!long || state.cr4 & cr4::PAE != 0, "long mode without CR4.PAE")?;
     require(state.rflags & flags::VM == 0, "virtual-8086 mode")?;
     let (code, stack) = (state.segments[seg::CS].attributes, state.segments[seg::SS].attributes);
+    require(code & (CODE | EXPAND_DOWN) != EXPAND_DOWN, "CS is a segment that grows down")?;
     if state.cr0 & cr0::PE == 0 {
         return require(stack & DPL == 0, "real mode at a level of privilege");
     }

@@ -278,6 +278,16 @@ fn state_survives_saving_and_restoring() {
 }
 
 #[test]
+fn sdm_table_10_1_reset_leaves_the_signature_in_edx() {
+    let mut m = machine();
+    m.cpu.regs[RAX] = 1;
+    m.run(|a| a.cpuid()).unwrap();
+    let signature = m.cpu.regs[RAX];
+    m.cpu.init();
+    assert_eq!((m.cpu.regs[RDX], m.cpu.regs[RAX], m.cpu.control.cr0), (signature, 0, cr0::ET));
+}
+
+#[test]
 fn states_of_every_mode_are_accepted() {
     let good = machine().cpu.save();
     let accepted: [&dyn Fn(&mut VcpuState); 10] = [
@@ -312,7 +322,7 @@ fn states_no_processor_can_be_in_are_refused() {
     let good = m.cpu.save();
     let before = m.cpu.rip;
     let deliver = |source, vector, error| Some(Delivery { vector, error, source });
-    let broken: [&dyn Fn(&mut VcpuState); 25] = [
+    let broken: [&dyn Fn(&mut VcpuState); 26] = [
         &|s| s.cr0 &= !cr0::PG,
         &|s| s.cr0 &= !cr0::PE,
         &|s| s.cr0 = 0x2000_0010,
@@ -327,6 +337,7 @@ fn states_no_processor_can_be_in_are_refused() {
         &|s| s.segments[seg::CS].attributes = 0xa093,
         &|s| (s.rip, s.segments[seg::CS].attributes) = (1 << 32, 0xc09b),
         &|s| (s.cr0, s.msrs.efer, s.segments[seg::SS].attributes) = (0x10, 0, 0x93 | 3 << 5),
+        &|s| (s.cr0, s.msrs.efer, s.segments[seg::CS].attributes) = (0x10, 0, 0x97),
         &|s| s.rflags |= flags::VM,
         &|s| s.cr8 = 16,
         &|s| s.events.start_up = Some(1),
