@@ -488,6 +488,19 @@ fn sdm_decimal_arithmetic() {
         assert_eq!((m.cpu.regs[RAX], m.cpu.flags.cf()), (after, cf), "{bytes:x?}");
     }
     assert_eq!(m.refused(&[0xd4, 0x00]), Exception::DIVIDE);
+    // What the manual leaves undefined, as found on silicon.
+    for (bytes, word, before, after) in [
+        (&[0x27][..], 0x034d, flags::CF | flags::AF, 0x891),
+        (&[0x2f], 0x0380, flags::CF, 0x801),
+        (&[0x37], 0xff05, 0, 0x084),
+        (&[0x3f], 0x0300, flags::AF, 0x015),
+        (&[0xd5, 0xd1], 0xff71, 0, 0x894),
+    ] {
+        m.cpu.regs[RAX] = word;
+        m.cpu.set_rflags(before);
+        m.here(bytes).unwrap();
+        assert_eq!(m.cpu.rflags() & flags::ARITHMETIC, after, "{bytes:x?}");
+    }
 }
 
 #[test]
@@ -639,4 +652,80 @@ fn sdm_fxsave_outside_64_bit_mode_has_eight_registers() {
     m.cpu.fpu.xmm = [99; 16];
     m.here(&[0x0f, 0xae, 0x0b]).unwrap();
     assert_eq!((m.cpu.fpu.xmm[7], m.cpu.fpu.xmm[8]), (8, 99));
+}
+
+/// Numbers that look random, the same in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Small, at a border of 16 or 32 bits, or anything.
+    fn value(&mut self) -> u64 {
+        match self.next() % 5 {
+            0 => self.next() % 64,
+            1 => 0x1_0000u64.wrapping_sub(self.next() % 32),
+            2 => 0x1_0000_0000u64.wrapping_sub(self.next() % 32),
+            3 => DATA + self.next() % 4096,
+            _ => self.next(),
+        }
+    }
+}
+
+#[test]
+fn any_bytes_in_any_state_that_is_accepted_execute_or_fault() {
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let (mut accepted, mut executed) = (0, 0);
+    for n in 0..30_000 {
+        let mut m = [real, protected, compatibility][n % 3]();
+        let mut state = m.cpu.save();
+        state.gpr = std::array::from_fn(|_| numbers.value());
+        for _ in 0..numbers.next() % 3 {
+            let segment = &mut state.segments[numbers.next() as usize % 6];
+            match numbers.next() % 4 {
+                0 => segment.limit = numbers.value() as u32,
+                1 => segment.base = numbers.value() & 0x7fff_ffff_ffff,
+                2 => segment.attributes = numbers.next() as u16 & 0xf0ff,
+                _ => segment.unusable = true,
+            }
+        }
+        match numbers.next() % 8 {
+            0 => state.rip = numbers.value() & 0xffff_ffff,
+            1 => state.rflags = numbers.next() & 0x3f_ffff | 2,
+            2 => (state.gdtr.limit, state.idtr.limit) = (numbers.next() as u16, numbers.next() as u16),
+            3 => (state.gdtr.base, state.tr.limit) = (numbers.value() & 0x7fff_ffff_ffff, numbers.next() as u32),
+            4 => state.cr4 ^= cr4::PAE,
+            5 => state.cr0 ^= cr0::PG,
+            _ => {}
+        }
+        if m.cpu.restore(&state).is_err() {
+            continue;
+        }
+        accepted += 1;
+        let at = m.cpu.code_address(m.cpu.rip).map_or(CODE, |(at, _)| at);
+        for at in at..at.saturating_add(64) {
+            // What lies in no memory stays as it is.
+            let _ = m.cpu.ram.store(at, numbers.next() as u8);
+        }
+        for _ in 0..8 {
+            match m.cpu.step() {
+                Ok(_) => executed += 1,
+                Err(Stop::Fault(exception)) => {
+                    if m.cpu.deliver(exception, Source::Exception).is_err() {
+                        break;
+                    }
+                }
+                Err(Stop::Unimplemented(_)) => break,
+            }
+        }
+        // What it comes to can be saved and restored.
+        let after = m.cpu.save();
+        m.cpu.restore(&after).unwrap_or_else(|error| panic!("number {n}: {error}: {after:x?}"));
+    }
+    assert!(accepted > 20_000 && executed > 20_000, "{accepted} states, {executed} instructions");
 }
