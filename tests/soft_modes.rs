@@ -371,7 +371,7 @@ fn from_64_bit_code_to_real_mode_with_interrupts_in_each() {
     guest.bare.ram.store(IDT_32 + 0x40 * 8, gate).unwrap();
     guest.table(WORDS + 0x100, IDT_32, 0x7ff);
     guest.table(WORDS + 0x110, 0, 0x3ff);
-    guest.bare.ram.store(0x40 * 4, (START as u32 + 0x400) / 16 << 16).unwrap();
+    guest.bare.ram.store(0x40 * 4, ((START as u32 + 0x400) / 16) << 16).unwrap();
     guest.real_code(START + 0x400, &|a| {
         a.push(ds)?;
         a.xor(bx, bx)?;
@@ -556,7 +556,7 @@ fn sdm_7_7_1_an_nmi_ends_a_halt_unless_masked_and_survives_saving() {
     let after = guest.run_from(&state);
     assert_eq!((guest.word(0), after.events), (1, Events::default()));
     // In real mode too, through the vector table.
-    guest.bare.ram.store(2 * 4, (START as u32 + 0x400) / 16 << 16).unwrap();
+    guest.bare.ram.store(2 * 4, ((START as u32 + 0x400) / 16) << 16).unwrap();
     guest.real_code(START + 0x400, &|a| {
         a.mov(ax, 0x77)?;
         a.iret()
