@@ -537,6 +537,34 @@ fn wait_a_slice(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 #[test]
+fn what_a_processor_sends_itself_right_before_a_halt_is_not_missed() {
+    let mut guest = Guest::new();
+    guest.gate(2, CODE + 0x800);
+    guest.code(64, CODE + 0x800, &|a| {
+        let mut after = a.create_label();
+        a.inc(dword_ptr(WORDS))?;
+        // It may come before the halt, which then would last: so that is skipped.
+        a.mov(rax, qword_ptr(rsp))?;
+        a.cmp(byte_ptr(rax), 0xf4)?;
+        a.jne(after)?;
+        a.inc(qword_ptr(rsp))?;
+        a.set_label(&mut after)?;
+        a.iretq()
+    });
+    guest.code(64, CODE, &|a| {
+        for _ in 0..10 {
+            send_to_self(a, 0x4400)?;
+            a.hlt()?;
+        }
+        a.cli()?;
+        a.hlt()
+    });
+    guest.bare.vcpu.restore(&long_mode()).expect("a valid state");
+    guest.run_for_a_moment();
+    assert_eq!(guest.word(0), 10);
+}
+
+#[test]
 fn sdm_7_7_1_an_nmi_ends_a_halt_unless_masked_and_survives_saving() {
     let mut guest = Guest::new();
     guest.gate(2, CODE + 0x800);

@@ -73,6 +73,9 @@ impl SoftVcpu {
                 return Ok(Some(Exit::Kicked));
             }
             self.poll();
+        } else if self.cpu.lapic.has_signals() {
+            // Sent by itself, and received at once: a halt must not miss it.
+            self.poll();
         }
         if !self.cpu.code_writes.is_empty() {
             self.code.drop_written(&mut self.cpu);

@@ -288,6 +288,12 @@ impl Lapic {
         if self.lvt[LVT_TIMER] & LVT_MASKED != 0 { None } else { self.timer.next_ns() }
     }
 
+    /// Whether [`take_signals`](Self::take_signals) has something to hand over.
+    #[inline]
+    pub(crate) fn has_signals(&self) -> bool {
+        self.signals != Signals::default()
+    }
+
     /// Hands over, once, what was received besides interrupts.
     pub(crate) fn take_signals(&mut self) -> Signals {
         std::mem::take(&mut self.signals)
