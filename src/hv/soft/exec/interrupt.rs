@@ -188,8 +188,7 @@ impl Cpu {
             self.segments[seg::CS].selector.into(),
             self.rip,
         ];
-        // Compatibility mode's own accesses are to 32-bit addresses.
-        let supervisor = self.cpl() < 3 && self.is_64bit();
+        let supervisor = self.cpl() < 3;
         let mut sp = top;
         for value in frame.into_iter().chain(error.map(u64::from)) {
             sp = sp.wrapping_sub(8);
