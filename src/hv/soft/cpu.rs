@@ -124,6 +124,8 @@ pub(super) struct Cpu {
     pub(super) rip: u64,
     /// The last instruction was an STI or MOV SS: take no interrupt before the next one is done.
     pub(super) interrupt_shadow: bool,
+    /// A non-maskable interrupt is being handled: the next one waits for IRET.
+    pub(super) nmi_masked: bool,
     pub(super) control: Control,
     pub(super) msrs: SystemMsrs,
     /// FS and GS bases live in [`slot`]s; `segments[FS].base` and `[GS].base` are not used.

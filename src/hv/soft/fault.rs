@@ -30,6 +30,8 @@ impl Exception {
     }
     pub(super) const DIVIDE: Self = Self::plain(0);
     pub(super) const DEBUG: Self = Self::plain(1);
+    pub(super) const NMI: Self = Self::plain(2);
+    pub(super) const BOUND: Self = Self::plain(5);
     pub(super) const INVALID_OPCODE: Self = Self::plain(6);
     pub(super) const NO_FPU: Self = Self::plain(7);
     pub(super) const X87: Self = Self::plain(16);

@@ -37,6 +37,8 @@ pub(super) const IOPL: u64 = 3 << 12;
 pub(super) const NT: u64 = 1 << 14;
 /// Resume flag.
 pub(super) const RF: u64 = 1 << 16;
+/// Virtual-8086 mode.
+pub(super) const VM: u64 = 1 << 17;
 /// Alignment check.
 pub(super) const AC: u64 = 1 << 18;
 /// CPUID can be toggled.

@@ -19,7 +19,7 @@ const SIGNAL_NMI: u32 = 1 << 8;
 const SIGNAL_INIT: u32 = 1 << 9;
 const SIGNAL_SIPI: u32 = 1 << 10;
 
-/// What a vCPU was sent besides interrupt vectors.
+/// What a vCPU was sent besides interrupt vectors. With an INIT, the others came after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Signals {
     /// A non-maskable interrupt.
@@ -78,10 +78,9 @@ impl Mailbox {
         self.raise_attention();
     }
 
-    /// Sends INIT, which also cancels a start-up message that has not been looked at.
+    /// Sends INIT, which also cancels an NMI and a start-up message that have not been looked at: they came before it.
     pub(crate) fn post_init(&self) {
-        let set = |old| Some((old & SIGNAL_NMI) | SIGNAL_INIT);
-        let _ = self.signals.fetch_update(Ordering::Release, Ordering::Relaxed, set);
+        self.signals.swap(SIGNAL_INIT, Ordering::AcqRel);
         self.raise_attention();
     }
 
@@ -195,11 +194,14 @@ mod tests {
     }
 
     #[test]
-    fn sdm_11_4_7_init_cancels_a_pending_sipi_and_keeps_an_nmi() {
+    fn sdm_11_4_7_init_cancels_what_came_before_it() {
         let mailbox = Mailbox::new();
         mailbox.post_nmi();
         mailbox.post_sipi(0x12);
         mailbox.post_init();
+        assert_eq!(mailbox.collect().signals, Signals { nmi: false, init: true, sipi: None });
+        mailbox.post_init();
+        mailbox.post_nmi();
         assert_eq!(mailbox.collect().signals, Signals { nmi: true, init: true, sipi: None });
         mailbox.post_init();
         mailbox.post_sipi(0x12);

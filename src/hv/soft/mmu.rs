@@ -1,5 +1,5 @@
 //! Memory as instructions see it: linear addresses through 4-level paging (Intel SDM volume 3A, chapter 5)
-//! to RAM or to a device.
+//! to RAM or to a device. Outside long mode, [`legacy_paging`](super::legacy_paging) translates.
 //!
 //! The fast path is a [`Tlb`](super::tlb::Tlb) hit. Everything else comes here: the page walk with its
 //! permission checks and accessed and dirty bits, accesses that cross a page (both pages are checked before a
@@ -8,21 +8,21 @@
 use crate::mem::Scalar;
 use crate::units::{GuestAddr, PAGE_SIZE};
 
-use super::cpu::{Cpu, cr0, efer, is_canonical};
+use super::cpu::{Cpu, cr0, cr4, efer, is_canonical};
 use super::fault::{self, Exception, Stop};
 use super::tlb::Grant;
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-const GLOBAL: u64 = 1 << 8;
-const NO_EXECUTE: u64 = 1 << 63;
+pub(super) const PRESENT: u64 = 1 << 0;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(super) const ACCESSED: u64 = 1 << 5;
+pub(super) const DIRTY: u64 = 1 << 6;
+pub(super) const LARGE: u64 = 1 << 7;
+pub(super) const GLOBAL: u64 = 1 << 8;
+pub(super) const NO_EXECUTE: u64 = 1 << 63;
 /// Physical address bits of a paging entry. CPUID says 40 physical bits; above them is reserved.
-const ADDRESS: u64 = 0x00ff_ffff_f000;
-const RESERVED: u64 = 0x000f_ff00_0000_0000;
+pub(super) const ADDRESS: u64 = 0x00ff_ffff_f000;
+pub(super) const RESERVED: u64 = 0x000f_ff00_0000_0000;
 
 /// What an access wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,14 +42,14 @@ enum Privilege {
 
 /// A completed page walk.
 #[derive(Clone, Copy, Debug)]
-struct Walk {
-    gpa: u64,
-    writable: bool,
-    executable: bool,
-    dirty: bool,
-    global: bool,
+pub(super) struct Walk {
+    pub(super) gpa: u64,
+    pub(super) writable: bool,
+    pub(super) executable: bool,
+    pub(super) dirty: bool,
+    pub(super) global: bool,
     /// Bytes that the leaf entry maps.
-    size: u64,
+    pub(super) size: u64,
 }
 
 /// Where a byte is.
@@ -260,21 +260,11 @@ impl Cpu {
 
     /// Walks the paging structures (SDM 5.5), checks rights (5.6) and sets accessed and dirty bits (5.8).
     fn walk(&mut self, va: u64, access: Access, user: bool) -> Result<Walk, Stop> {
-        if self.control.cr0 & cr0::PG == 0 {
-            return Err(Stop::Unimplemented("memory access with paging off"));
+        if !self.is_long_mode() {
+            return self.walk_legacy(va, access, user);
         }
         let nxe = self.control.efer & efer::NXE != 0;
-        let fault = |code: u32| {
-            let mut code = code | if user { fault::PF_USER } else { 0 };
-            code |= match access {
-                Access::Read => 0,
-                Access::Write => fault::PF_WRITE,
-                // The fetch bit is defined only with no-execute (or SMEP) enabled.
-                Access::Fetch if nxe => fault::PF_FETCH,
-                Access::Fetch => 0,
-            };
-            Stop::Fault(Exception::page(va, code))
-        };
+        let fault = |code: u32| self.paging_fault(va, access, user, code);
         let mut table = self.control.cr3 & ADDRESS;
         let (mut writable, mut user_ok, mut no_execute) = (true, true, false);
         let mut path = [(0u64, 0u64); 4];
@@ -326,9 +316,22 @@ impl Cpu {
             writable: write_ok,
             executable: !no_execute,
             dirty,
-            global: entry & GLOBAL != 0 && self.control.cr4 & super::cpu::cr4::PGE != 0,
+            global: entry & GLOBAL != 0 && self.control.cr4 & cr4::PGE != 0,
             size: 1 << shift,
         })
+    }
+
+    /// #PF with an error code that says `code` and what the access was.
+    pub(super) fn paging_fault(&self, va: u64, access: Access, user: bool, code: u32) -> Stop {
+        let pae = self.control.cr4 & cr4::PAE != 0;
+        let fetch = match access {
+            Access::Read => 0,
+            Access::Write => fault::PF_WRITE,
+            // The fetch bit is defined only with no-execute (or SMEP) enabled.
+            Access::Fetch if pae && self.control.efer & efer::NXE != 0 => fault::PF_FETCH,
+            Access::Fetch => 0,
+        };
+        Exception::page(va, code | fetch | if user { fault::PF_USER } else { 0 }).into()
     }
 
     fn paging_entry(&self, gpa: u64) -> Option<u64> {

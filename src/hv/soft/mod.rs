@@ -15,6 +15,8 @@ mod fault;
 mod fetches;
 mod flags;
 mod fpu;
+mod legacy_paging;
+mod logical;
 mod mailbox;
 mod mmu;
 mod operand;

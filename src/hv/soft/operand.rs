@@ -3,12 +3,13 @@
 //! Instructions are decoded with their offset in the page as the instruction pointer, so that one decoding serves
 //! wherever the page is mapped: RIP-relative addresses and branch targets get [`slot::PAGE`] added here.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, OpKind, Register};
 
 use crate::mem::Scalar;
 
-use super::cpu::{Cpu, slot, stack_fault};
+use super::cpu::{Cpu, seg, slot, stack_fault};
 use super::fault::Stop;
+use super::mmu::Access;
 
 impl Cpu {
     /// The low bits of a general register that `register` names, zero-extended.
@@ -42,28 +43,16 @@ impl Cpu {
     pub(super) fn effective_address(&self, insn: &Instruction) -> u64 {
         let (base, index) = (insn.memory_base(), insn.memory_index());
         let displacement = insn.memory_displacement64();
-        let mut wide = true;
         let mut address = match base {
             // The displacement then holds the whole in-page target.
-            Register::RIP => displacement.wrapping_add(self.regs[slot::PAGE]),
-            Register::EIP => {
-                wide = false;
-                displacement.wrapping_add(self.regs[slot::PAGE])
-            }
+            Register::RIP | Register::EIP => displacement.wrapping_add(self.regs[slot::PAGE]),
             Register::None => displacement,
-            _ => {
-                wide &= base.size() == 8;
-                displacement.wrapping_add(self.register(base))
-            }
+            _ => displacement.wrapping_add(self.register(base)),
         };
         if index != Register::None {
-            wide &= index.size() == 8;
             address = address.wrapping_add(self.register(index).wrapping_mul(u64::from(insn.memory_index_scale())));
         }
-        if base == Register::None && index == Register::None {
-            wide = insn.memory_displ_size() != 4;
-        }
-        if wide { address } else { address & 0xffff_ffff }
+        address & address_mask(insn)
     }
 
     /// The base of the segment that `register` names; zero but for FS and GS in 64-bit mode.
@@ -76,27 +65,39 @@ impl Cpu {
         }
     }
 
-    /// The linear address of the memory operand.
+    /// The linear address of the memory operand, `len` bytes long.
+    ///
+    /// # Errors
+    /// #GP(0) or #SS(0) when its segment does not allow the access; 64-bit mode allows all here.
     #[inline]
-    pub(super) fn linear_address(&self, insn: &Instruction) -> u64 {
-        self.effective_address(insn).wrapping_add(self.segment_base(insn.memory_segment()))
+    pub(super) fn linear_address(&self, insn: &Instruction, len: u64, access: Access) -> Result<u64, Stop> {
+        self.address_at(insn, self.effective_address(insn), len, access)
+    }
+
+    /// As [`linear_address`](Self::linear_address), of an offset in the memory operand's segment.
+    #[inline]
+    pub(super) fn address_at(&self, insn: &Instruction, offset: u64, len: u64, access: Access) -> Result<u64, Stop> {
+        if insn.code_size() == CodeSize::Code64 {
+            return Ok(offset.wrapping_add(self.segment_base(insn.memory_segment())));
+        }
+        self.segment_address(segment_number(insn.memory_segment()), offset, len, access)
     }
 
     /// Reads the memory operand.
     pub(super) fn load<T: Scalar>(&mut self, insn: &Instruction) -> Result<T, Stop> {
-        let address = self.linear_address(insn);
+        let address = self.linear_address(insn, T::SIZE, Access::Read)?;
         self.read(address).map_err(|stop| segment_fault(insn, stop))
     }
 
     /// Reads the memory operand of an instruction that will write it.
     pub(super) fn load_for_store<T: Scalar>(&mut self, insn: &Instruction) -> Result<T, Stop> {
-        let address = self.linear_address(insn);
+        let address = self.linear_address(insn, T::SIZE, Access::Write)?;
         self.read_for_write(address).map_err(|stop| segment_fault(insn, stop))
     }
 
     /// Writes the memory operand.
     pub(super) fn store<T: Scalar>(&mut self, insn: &Instruction, value: T) -> Result<(), Stop> {
-        let address = self.linear_address(insn);
+        let address = self.linear_address(insn, T::SIZE, Access::Write)?;
         self.write(address, value).map_err(|stop| segment_fault(insn, stop))
     }
 
@@ -168,6 +169,33 @@ fn memory_bits(insn: &Instruction) -> u32 {
 
 fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+}
+
+/// The bits of an effective address that count: as many as its registers have, or its displacement.
+#[inline]
+pub(super) fn address_mask(insn: &Instruction) -> u64 {
+    let bytes = match (insn.memory_base(), insn.memory_index()) {
+        (Register::None, Register::None) => insn.memory_displ_size() as usize,
+        (Register::None, index) => index.size(),
+        (base, _) => base.size(),
+    };
+    match bytes {
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
+    }
+}
+
+/// The number of a segment register, DS for none.
+pub(super) fn segment_number(register: Register) -> usize {
+    match register {
+        Register::ES => seg::ES,
+        Register::CS => seg::CS,
+        Register::SS => seg::SS,
+        Register::FS => seg::FS,
+        Register::GS => seg::GS,
+        _ => seg::DS,
+    }
 }
 
 /// Non-canonical addresses fault with #SS through the stack segment, with #GP through the others.

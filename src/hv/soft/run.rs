@@ -1,11 +1,12 @@
 //! The run loop: what happens between chains of operations.
 //!
 //! ```text
-//!          +--> mail? kick, interrupts --> written code? drop it --> time? timer --> deliver an interrupt
-//!          |                                                                            |
-//!          |                                              halted: sleep until mail or timer
-//!          |                                                                            |
-//!          +---- budget spent, Sync, Halt, fault (delivered) <---- find block, run chain
+//!          +--> mail? kick, INIT, NMI, interrupts --> written code? drop it --> time? timer --> deliver an event
+//!          |                                                                                      |
+//!          |                                          not started, or halted: sleep until mail or timer
+//!          |                                                                                      |
+//!          +---- budget spent, Sync, Halt, fault (delivered) <---- find block, run chain; outside 64-bit mode
+//!                                                                  one instruction after the other
 //! ```
 //!
 //! A slice of [`SLICE`] instructions takes some ten microseconds: that is how late a kick, an interrupt or a timer
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::Activity;
+use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events};
 use crate::hv::{Exit, HvError, Vcpu};
 
 use super::code::CodeCache;
@@ -41,7 +42,9 @@ pub(super) struct SoftVcpu {
     cpu: Cpu,
     code: CodeCache,
     mailbox: Arc<Mailbox>,
-    halted: bool,
+    activity: Activity,
+    nmi_pending: bool,
+    delivering: Option<Delivery>,
     /// Instructions left of the slice.
     slice: i32,
     /// Instructions executed since they were last added to the engine's count.
@@ -59,7 +62,9 @@ impl SoftVcpu {
         shared: Option<Arc<Blocks>>,
     ) -> Result<Self, HvError> {
         let code = CodeCache::new(shared, &mut cpu)?;
-        Ok(Self { cpu, code, mailbox, halted: false, slice: 0, executed: 0, retired })
+        let boot = cpu.lapic.is_boot_processor();
+        let activity = if boot { Activity::Running } else { Activity::WaitsForInit };
+        Ok(Self { cpu, code, mailbox, activity, nmi_pending: false, delivering: None, slice: 0, executed: 0, retired })
     }
 
     fn advance(&mut self) -> Result<Option<Exit>, HvError> {
@@ -67,31 +72,40 @@ impl SoftVcpu {
             if self.mailbox.take_kick() {
                 return Ok(Some(Exit::Kicked));
             }
-            self.poll()?;
+            self.poll();
+        } else if self.cpu.lapic.has_signals() {
+            // Sent by itself, and received at once: a halt must not miss it.
+            self.poll();
         }
         if !self.cpu.code_writes.is_empty() {
             self.code.drop_written(&mut self.cpu);
         }
         if self.slice <= 0 {
-            self.poll()?;
+            self.poll();
             self.slice = SLICE;
             self.retired.fetch_add(self.executed.max(0) as u64, Ordering::Relaxed);
             self.executed = 0;
         }
-        if self.take_interrupt()? {
+        if self.waits() {
+            self.sleep();
+            return Ok(None);
+        }
+        if self.take_event()? {
             return Ok(Some(Exit::Shutdown));
         }
-        if self.halted {
+        if self.activity == Activity::Halted {
             self.sleep();
             return Ok(None);
         }
         let outcome = if self.cpu.interrupt_shadow || self.cpu.system_flags & TF != 0 {
             self.one_instruction()
-        } else {
+        } else if self.cpu.is_64bit() {
             self.chain()
+        } else {
+            self.one_by_one()
         };
         match outcome {
-            Ok(Leave::Halt) => self.halted = true,
+            Ok(Leave::Halt) => self.activity = Activity::Halted,
             Ok(_) => {}
             Err(stop) => return self.stopped(stop),
         }
@@ -99,24 +113,83 @@ impl SoftVcpu {
         Ok(None)
     }
 
-    /// Takes in what was sent and what the timer owes.
-    fn poll(&mut self) -> Result<(), HvError> {
-        self.cpu.lapic.poll();
-        if self.cpu.lapic.take_signals() != Signals::default() {
-            return Err(self.unimplemented("an NMI, INIT or start-up message"));
-        }
-        Ok(())
+    /// Whether nobody has started this processor.
+    fn waits(&self) -> bool {
+        matches!(self.activity, Activity::WaitsForInit | Activity::WaitsForStartUp)
     }
 
-    /// Delivers the highest interrupt if the processor accepts one now; true when that ended in shutdown.
-    fn take_interrupt(&mut self) -> Result<bool, HvError> {
-        if self.cpu.system_flags & IF == 0 || self.cpu.interrupt_shadow {
+    /// Takes in what was sent and what the timer owes.
+    fn poll(&mut self) {
+        self.cpu.lapic.poll();
+        let Signals { nmi, init, sipi } = self.cpu.lapic.take_signals();
+        if init {
+            self.init();
+        }
+        self.nmi_pending |= nmi;
+        if let Some(vector) = sipi {
+            self.start_up(vector);
+        }
+    }
+
+    /// INIT: forgets all that was under way. The boot processor begins at the reset vector, the others wait (SDM 9.4.3).
+    fn init(&mut self) {
+        self.cpu.init();
+        (self.nmi_pending, self.delivering) = (false, None);
+        let boot = self.cpu.lapic.is_boot_processor();
+        self.activity = if boot { Activity::Running } else { Activity::WaitsForStartUp };
+    }
+
+    /// A start-up message, which only a processor after INIT heeds.
+    fn start_up(&mut self, vector: u8) {
+        if self.activity == Activity::WaitsForStartUp {
+            self.cpu.start_up(vector);
+            self.activity = Activity::Running;
+        }
+    }
+
+    /// Delivers what comes before the next instruction, if the processor accepts it now: what had been decided on, an
+    /// NMI, the highest interrupt (SDM 7.9). True when that ended in shutdown.
+    fn take_event(&mut self) -> Result<bool, HvError> {
+        if let Some(delivery) = self.delivering {
+            return self.resume_delivery(delivery);
+        }
+        if self.cpu.interrupt_shadow {
+            return Ok(false);
+        }
+        if self.nmi_pending && !self.cpu.nmi_masked {
+            self.nmi_pending = false;
+            return self.deliver_nmi();
+        }
+        if self.cpu.system_flags & IF == 0 {
             return Ok(false);
         }
         let Some(vector) = self.cpu.lapic.deliverable() else { return Ok(false) };
         self.cpu.lapic.accept(vector);
-        self.halted = false;
-        match self.cpu.deliver(Exception { vector, error: None, cr2: None }, Source::External) {
+        self.deliver(Exception { vector, error: None, cr2: None }, Source::External)
+    }
+
+    fn deliver_nmi(&mut self) -> Result<bool, HvError> {
+        self.cpu.nmi_masked = true;
+        self.deliver(Exception::NMI, Source::External)
+    }
+
+    /// Delivers what a saved state had under way. A page fault has CR2 set already.
+    fn resume_delivery(&mut self, delivery: Delivery) -> Result<bool, HvError> {
+        let event = Exception { vector: delivery.vector, error: delivery.error, cr2: None };
+        let shutdown = match delivery.source {
+            DeliverySource::Nmi => self.deliver_nmi(),
+            DeliverySource::External => self.deliver(event, Source::External),
+            DeliverySource::Exception => self.deliver(event, Source::Exception),
+            DeliverySource::Software => self.deliver(event, Source::Software),
+        }?;
+        self.delivering = None;
+        Ok(shutdown)
+    }
+
+    /// Enters an event's handler; true when that ended in shutdown.
+    fn deliver(&mut self, event: Exception, source: Source) -> Result<bool, HvError> {
+        self.activity = Activity::Running;
+        match self.cpu.deliver(event, source) {
             Ok(()) => Ok(false),
             Err(Shutdown::TripleFault) => Ok(true),
             Err(Shutdown::Unimplemented(what)) => Err(self.unimplemented(what)),
@@ -128,6 +201,20 @@ impl SoftVcpu {
         let deadline = self.cpu.lapic.next_deadline_ns().and_then(|ns| self.cpu.clock.instant_at(ns));
         self.mailbox.park_until(deadline);
         self.slice = 0;
+    }
+
+    /// A slice of code outside 64-bit mode, for which nothing is decoded in advance.
+    fn one_by_one(&mut self) -> Result<Leave, Stop> {
+        loop {
+            let flow = self.cpu.step()?;
+            self.executed += 1;
+            self.slice -= 1;
+            match flow {
+                Flow::Next | Flow::Jump if self.slice > 0 && self.cpu.code_writes.is_empty() => {}
+                Flow::Halt => return Ok(Leave::Halt),
+                _ => return Ok(Leave::Sync),
+            }
+        }
     }
 
     /// A slice of decoded code.
@@ -155,9 +242,6 @@ impl SoftVcpu {
     /// The block at `rip`, and what remembers it by its address.
     fn find(&mut self, patch: Option<Patch>) -> Result<u32, Stop> {
         let rip = self.cpu.rip;
-        if !self.cpu.is_64bit() {
-            return Err(Stop::Unimplemented("code outside 64-bit mode"));
-        }
         let offset = self.cpu.fetch_offset(rip)?;
         if self.cpu.ram.code_pages().any_written() {
             self.code.drop_device_written(&mut self.cpu);
@@ -177,9 +261,6 @@ impl SoftVcpu {
     /// One instruction by the general executor: in an interrupt shadow, and when single-stepping.
     fn one_instruction(&mut self) -> Result<Leave, Stop> {
         let trap = self.cpu.system_flags & TF != 0;
-        if !self.cpu.is_64bit() {
-            return Err(Stop::Unimplemented("code outside 64-bit mode"));
-        }
         self.cpu.interrupt_shadow = false;
         let flow = self.cpu.step()?;
         if trap {
@@ -197,11 +278,7 @@ impl SoftVcpu {
             Stop::Unimplemented(what) => return Err(self.unimplemented(what)),
         };
         self.slice -= RETURN_COST;
-        match self.cpu.deliver(exception, Source::Exception) {
-            Ok(()) => Ok(None),
-            Err(Shutdown::TripleFault) => Ok(Some(Exit::Shutdown)),
-            Err(Shutdown::Unimplemented(what)) => Err(self.unimplemented(what)),
-        }
+        Ok(self.deliver(exception, Source::Exception)?.then_some(Exit::Shutdown))
     }
 
     fn unimplemented(&mut self, what: &'static str) -> HvError {
@@ -219,17 +296,25 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, HvError> {
+        self.poll();
         let mut state = self.cpu.save();
-        if self.halted {
-            state.activity = Activity::Halted;
-        }
+        state.activity = self.activity;
+        state.events.nmi_pending = self.nmi_pending;
+        state.events.delivering = self.delivering;
         Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), HvError> {
         self.cpu.restore(state)?;
         self.code.clear(&mut self.cpu);
-        self.halted = state.activity == Activity::Halted;
+        self.activity = state.activity;
+        let Events { nmi_pending, nmi_masked: _, start_up, delivering } = state.events;
+        (self.nmi_pending, self.delivering) = (nmi_pending, delivering);
+        // Who does not execute instructions has none left to be in the shadow of.
+        self.cpu.interrupt_shadow &= self.activity == Activity::Running;
+        if let Some(vector) = start_up {
+            self.start_up(vector);
+        }
         self.slice = 0;
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! One instruction at a time, from its bytes: for what decoded code cannot serve.
 //!
-//! Used for instructions that cross a page (the second page may change its meaning without the first one noticing),
-//! for single-stepping, for the instruction in an interrupt shadow, and after a miss.
+//! Used for all code outside 64-bit mode, for instructions that cross a page (the second page may change its meaning
+//! without the first one noticing), for single-stepping, for the instruction in an interrupt shadow, and after a miss.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
@@ -17,41 +17,62 @@ pub(super) const MAX_LENGTH: usize = 15;
 #[derive(Clone, Copy, Debug)]
 struct Crossing {
     at: u64,
+    bits: u32,
     bytes: [u8; MAX_LENGTH],
     insn: Instruction,
     execute: Executor,
 }
 
-/// The last instruction decoded at each of a few addresses, good while the bytes there are the same.
+/// The last instruction decoded at each of a number of addresses, good while the bytes there are the same: of a few for
+/// the instructions that cross a page, of more once all code comes here.
 #[derive(Debug)]
-pub(super) struct CrossingCache([Option<Crossing>; 64]);
+pub(super) struct CrossingCache(Vec<Option<Crossing>>);
+
+/// Crossing instructions lie at page ends: the page number tells them apart.
+const FEW: usize = 64;
+/// About what a program of 32 bits runs through again and again; some 300 KiB.
+const MANY: usize = 4096;
 
 impl CrossingCache {
     pub(super) fn new() -> Self {
-        Self([None; 64])
+        Self(vec![None; FEW])
     }
 
-    fn index(at: u64) -> usize {
-        // Crossing instructions lie at page ends: the page number tells them apart.
-        (at ^ (at >> 12)) as usize & 63
+    /// The place of what was decoded at `at` as code of `bits`.
+    fn place(&mut self, at: u64, bits: u32) -> &mut Option<Crossing> {
+        if bits != 64 && self.0.len() == FEW {
+            self.0 = vec![None; MANY];
+        }
+        let index = (at ^ (at >> 12)) as usize & (self.0.len() - 1);
+        &mut self.0[index]
     }
+}
+
+/// What lies where the next instruction begins.
+struct Fetched {
+    /// Linear address of its first byte.
+    at: u64,
+    bytes: [u8; MAX_LENGTH],
+    len: usize,
+    /// What awaits beyond the bytes that are there.
+    beyond: Option<Stop>,
 }
 
 impl Cpu {
     /// Executes the instruction at `rip`, and leaves `rip` at the next one. On an error it is where it was.
     pub(super) fn step(&mut self) -> Result<Flow, Stop> {
-        let at = self.rip;
-        self.regs[slot::PAGE] = at & !(PAGE_SIZE - 1);
-        let (bytes, len, fault) = self.fetch_bytes(at)?;
-        let index = CrossingCache::index(at);
-        if let Some(Crossing { at: known, bytes: same, insn, execute }) = self.crossings.0[index]
-            && known == at
+        let (rip, bits) = (self.rip, self.code_bits());
+        let Fetched { at, bytes, len, beyond } = self.fetch_bytes(rip)?;
+        // Outside 64-bit mode branch targets count from the code segment's base.
+        self.regs[slot::PAGE] = rip.wrapping_sub(at % PAGE_SIZE);
+        if let Some(Crossing { at: known, bits: width, bytes: same, insn, execute }) = *self.crossings.place(at, bits)
+            && (known, width) == (at, bits)
             && len == MAX_LENGTH
             && same == bytes
         {
-            return self.execute_at(at, &insn, execute);
+            return self.execute_at(rip, bits, &insn, execute);
         }
-        let insn = decode(&bytes[..len], at % PAGE_SIZE).map_err(|too_short| match (too_short, fault) {
+        let insn = decode(bits, &bytes[..len], at % PAGE_SIZE).map_err(|too_short| match (too_short, beyond) {
             (true, Some(stop)) => stop,
             // Longer than 15 bytes is #GP, anything else undefined is #UD.
             (true, None) => Exception::general_protection(0).into(),
@@ -61,48 +82,54 @@ impl Cpu {
             return Err(Exception::INVALID_OPCODE.into());
         };
         if len == MAX_LENGTH {
-            self.crossings.0[index] = Some(Crossing { at, bytes, insn, execute });
+            *self.crossings.place(at, bits) = Some(Crossing { at, bits, bytes, insn, execute });
         }
-        self.execute_at(at, &insn, execute)
+        self.execute_at(rip, bits, &insn, execute)
     }
 
-    fn execute_at(&mut self, at: u64, insn: &Instruction, execute: Executor) -> Result<Flow, Stop> {
-        self.rip = at.wrapping_add(insn.len() as u64);
-        execute(self, insn).inspect_err(|_| self.rip = at)
+    fn execute_at(&mut self, rip: u64, bits: u32, insn: &Instruction, execute: Executor) -> Result<Flow, Stop> {
+        let next = rip.wrapping_add(insn.len() as u64);
+        self.rip = if bits == 64 { next } else { next & 0xffff_ffff };
+        execute(self, insn).inspect_err(|_| self.rip = rip)
     }
 
-    /// The bytes at `at`, as many as there are up to 15, and the fault that awaits beyond them.
-    fn fetch_bytes(&mut self, at: u64) -> Result<([u8; MAX_LENGTH], usize, Option<Stop>), Stop> {
-        let mut bytes = [0; MAX_LENGTH];
-        let in_page = ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(MAX_LENGTH);
+    /// The bytes at `rip`, as many as there are up to 15, and the fault that awaits beyond them.
+    fn fetch_bytes(&mut self, rip: u64) -> Result<Fetched, Stop> {
+        let (at, room) = self.code_address(rip)?;
+        let mut fetched = Fetched { at, bytes: [0; MAX_LENGTH], len: MAX_LENGTH, beyond: None };
+        if room < MAX_LENGTH as u64 {
+            (fetched.len, fetched.beyond) = (room as usize, Some(Exception::general_protection(0).into()));
+        }
+        let in_page = (PAGE_SIZE - at % PAGE_SIZE) as usize;
         let first = self.fetch_offset(at)?;
-        let _ = self.ram.read_bytes(first, &mut bytes[..in_page]);
-        if in_page == MAX_LENGTH {
-            return Ok((bytes, MAX_LENGTH, None));
+        let (here, there) = fetched.bytes.split_at_mut(in_page.min(fetched.len));
+        let _ = self.ram.read_bytes(first, here);
+        if fetched.len <= in_page {
+            return Ok(fetched);
         }
-        match self.fetch_offset(at.wrapping_add(in_page as u64)) {
+        match self.fetch_offset(self.code_address(rip.wrapping_add(in_page as u64))?.0) {
             Ok(second) => {
-                let _ = self.ram.read_bytes(second, &mut bytes[in_page..]);
-                Ok((bytes, MAX_LENGTH, None))
+                let _ = self.ram.read_bytes(second, &mut there[..fetched.len - in_page]);
             }
-            Err(stop) => Ok((bytes, in_page, Some(stop))),
+            Err(stop) => (fetched.len, fetched.beyond) = (in_page, Some(stop)),
         }
+        Ok(fetched)
     }
 
     /// The bytes at `rip` for an error report.
     pub(super) fn bytes_at_rip(&mut self) -> Vec<u8> {
-        self.fetch_bytes(self.rip).map(|(bytes, len, _)| bytes[..len].to_vec()).unwrap_or_default()
+        self.fetch_bytes(self.rip).map(|fetched| fetched.bytes[..fetched.len].to_vec()).unwrap_or_default()
     }
 }
 
-/// A decoder of bytes that begin at `offset` in their page.
+/// A decoder of 64-bit code that begins at `offset` in their page.
 pub(super) fn decoder(bytes: &[u8], offset: u64) -> Decoder<'_> {
     Decoder::with_ip(64, bytes, offset, DecoderOptions::AMD)
 }
 
-/// Decodes one instruction at `offset` in its page; the error is whether more bytes were wanted.
-pub(super) fn decode(bytes: &[u8], offset: u64) -> Result<Instruction, bool> {
-    let mut decoder = decoder(bytes, offset);
+/// Decodes one instruction of `bits`-bit code at `offset` in its page; the error is whether more bytes were wanted.
+pub(super) fn decode(bits: u32, bytes: &[u8], offset: u64) -> Result<Instruction, bool> {
+    let mut decoder = Decoder::with_ip(bits, bytes, offset, DecoderOptions::AMD);
     let insn = decoder.decode();
     if insn.is_invalid() {
         return Err(decoder.last_error() == iced_x86::DecoderError::NoMoreBytes);

@@ -156,6 +156,11 @@ impl Lapic {
         self.publish_address();
     }
 
+    /// Whether this is the boot processor's.
+    pub(crate) fn is_boot_processor(&self) -> bool {
+        self.base & BASE_BSP != 0
+    }
+
     /// Guest-physical address of the register page; `None` when it is off or in x2APIC form.
     #[inline]
     pub(crate) fn mmio_base(&self) -> Option<u64> {
@@ -283,6 +288,12 @@ impl Lapic {
         if self.lvt[LVT_TIMER] & LVT_MASKED != 0 { None } else { self.timer.next_ns() }
     }
 
+    /// Whether [`take_signals`](Self::take_signals) has something to hand over.
+    #[inline]
+    pub(crate) fn has_signals(&self) -> bool {
+        self.signals != Signals::default()
+    }
+
     /// Hands over, once, what was received besides interrupts.
     pub(crate) fn take_signals(&mut self) -> Signals {
         std::mem::take(&mut self.signals)
@@ -341,6 +352,7 @@ impl Lapic {
             *entry = saved & writable;
         }
         self.timer.restore(from, self.lvt[LVT_TIMER]);
+        self.signals = Signals::default();
         self.publish_address();
         Ok(())
     }
@@ -501,11 +513,10 @@ impl Lapic {
 
     fn receive(&mut self) {
         let mail = self.mailbox.collect();
-        self.signals.nmi |= mail.signals.nmi;
         if mail.signals.init {
-            self.signals.init = true;
-            self.signals.sipi = None;
+            self.signals = Signals { init: true, ..Signals::default() };
         }
+        self.signals.nmi |= mail.signals.nmi;
         self.signals.sipi = mail.signals.sipi.or(self.signals.sipi);
         if !self.software_enabled() {
             return;

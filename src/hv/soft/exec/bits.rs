@@ -1,14 +1,13 @@
 //! Bit tests, bit scans and byte swaps.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, OpKind};
 
 use crate::hv::soft::cpu::Cpu;
 use crate::hv::soft::fault::{Flow, Stop};
 use crate::hv::soft::flags;
 use crate::hv::soft::flags::sext;
-use crate::hv::soft::operand::{operand_bits, segment_fault};
-
-use super::mask;
+use crate::hv::soft::mmu::Access;
+use crate::hv::soft::operand::{address_mask, operand_bits, segment_fault};
 
 /// What a bit test leaves of the operand that has `bit` set in it.
 type Change = fn(value: u64, bit: u64) -> u64;
@@ -54,11 +53,10 @@ fn bit_string(
     change: Option<Change>,
 ) -> Result<Flow, Stop> {
     let skip = ((sext(index, bits) as i64) >> bits.trailing_zeros()) as u64;
-    let mut offset = cpu.effective_address(insn).wrapping_add(skip.wrapping_mul(u64::from(bits / 8)));
-    if has_short_address(insn) {
-        offset &= mask(32);
-    }
-    let address = offset.wrapping_add(cpu.segment_base(insn.memory_segment()));
+    let bytes = u64::from(bits / 8);
+    let offset = cpu.effective_address(insn).wrapping_add(skip.wrapping_mul(bytes)) & address_mask(insn);
+    let access = if change.is_some() { Access::Write } else { Access::Read };
+    let address = cpu.address_at(insn, offset, bytes, access)?;
     let found = match bits {
         16 => bit_at::<u16>(cpu, address, bit, change),
         32 => bit_at::<u32>(cpu, address, bit, change),
@@ -79,15 +77,6 @@ fn bit_at<T: crate::mem::Scalar>(cpu: &mut Cpu, address: u64, bit: u64, change: 
         }
     };
     Ok(value & bit != 0)
-}
-
-/// Whether the address wraps at 4 GiB (an address-size prefix).
-fn has_short_address(insn: &Instruction) -> bool {
-    match (insn.memory_base(), insn.memory_index()) {
-        (Register::None, Register::None) => insn.memory_displ_size() == 4,
-        (Register::None, index) => index.size() == 4,
-        (base, _) => base.size() == 4,
-    }
 }
 
 pub(super) fn bsf(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {

@@ -2,11 +2,12 @@
 
 use iced_x86::{Instruction, Register};
 
-use crate::hv::soft::cpu::{Cpu, cr0, cr4, is_canonical, slot};
+use crate::hv::soft::cpu::{Cpu, cr0, cr4, efer, is_canonical, seg, slot};
 use crate::hv::soft::cpuid;
 use crate::hv::soft::cpuid::Context;
 use crate::hv::soft::fault::{Exception, Flow, Stop};
 use crate::hv::soft::flags;
+use crate::hv::soft::operand::segment_number;
 
 use super::{Executor, mask};
 
@@ -16,6 +17,9 @@ const CR0_KNOWN: u64 =
 const CR4_KNOWN: u64 =
     cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 
+/// CS.L in a segment's attributes.
+const LONG_CODE: u16 = 1 << 13;
+
 /// Physical addresses have 40 bits.
 const CR3_RESERVED: u64 = !mask(40);
 
@@ -23,9 +27,10 @@ fn gp0() -> Stop {
     Exception::general_protection(0).into()
 }
 
-/// Whether a CR0 value makes sense in long mode, which cannot be left from 64-bit code.
+/// Whether a CR0 value contradicts itself (SDM 2.5).
 pub(super) fn is_valid_cr0(value: u64) -> bool {
-    value >> 32 == 0 && value & cr0::PG != 0 && value & cr0::PE != 0 && !(value & cr0::NW != 0 && value & cr0::CD == 0)
+    let without = |bit: u64, needed: u64| value & bit != 0 && value & needed == 0;
+    value >> 32 == 0 && !without(cr0::PG, cr0::PE) && !without(cr0::NW, cr0::CD)
 }
 
 pub(super) fn is_valid_cr3(value: u64) -> bool {
@@ -33,7 +38,7 @@ pub(super) fn is_valid_cr3(value: u64) -> bool {
 }
 
 pub(super) fn is_valid_cr4(value: u64) -> bool {
-    value & !CR4_KNOWN == 0 && value & cr4::PAE != 0
+    value & !CR4_KNOWN == 0
 }
 
 impl Cpu {
@@ -43,12 +48,31 @@ impl Cpu {
         }
         let value = value & CR0_KNOWN | cr0::ET;
         let changed = value ^ self.control.cr0;
+        if changed & cr0::PG != 0 {
+            self.control.efer = self.efer_with_paging(value & cr0::PG != 0)?;
+        }
         self.control.cr0 = value;
         if changed & (cr0::PG | cr0::WP) != 0 {
             self.flush_tlb();
         }
         self.mode_changed();
         Ok(Flow::Sync)
+    }
+
+    /// What EFER becomes as paging goes on or off: long mode is entered and left so (SDM 11.8.5).
+    fn efer_with_paging(&self, on: bool) -> Result<u64, Stop> {
+        let (efer, long_code) = (self.control.efer, self.segments[seg::CS].attributes & LONG_CODE != 0);
+        if !on {
+            // Not from 64-bit code, which would not go on.
+            return if self.is_64bit() { Err(gp0()) } else { Ok(efer & !efer::LMA) };
+        }
+        if efer & efer::LME == 0 {
+            return Ok(efer);
+        }
+        if long_code || self.control.cr4 & cr4::PAE == 0 {
+            return Err(gp0());
+        }
+        Ok(efer | efer::LMA)
     }
 
     fn set_cr3(&mut self, value: u64) -> Result<Flow, Stop> {
@@ -61,7 +85,7 @@ impl Cpu {
     }
 
     fn set_cr4(&mut self, value: u64) -> Result<Flow, Stop> {
-        if !is_valid_cr4(value) {
+        if !is_valid_cr4(value) || (self.is_long_mode() && value & cr4::PAE == 0) {
             return Err(gp0());
         }
         let changed = value ^ self.control.cr4;
@@ -183,9 +207,21 @@ pub(super) fn swapgs(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
     Ok(Flow::Next)
 }
 
+impl Cpu {
+    /// The linear address that INVLPG names, whatever its segment allows.
+    fn invalidated_address(&self, insn: &Instruction) -> u64 {
+        let offset = self.effective_address(insn);
+        if self.is_64bit() {
+            offset.wrapping_add(self.segment_base(insn.memory_segment()))
+        } else {
+            self.base(segment_number(insn.memory_segment())).wrapping_add(offset) & mask(32)
+        }
+    }
+}
+
 pub(super) fn invlpg(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.require_cpl0()?;
-    let address = cpu.linear_address(insn);
+    let address = cpu.invalidated_address(insn);
     // Not an access: what cannot be translated is not cached either.
     if is_canonical(address) {
         cpu.flush_tlb_page(address);

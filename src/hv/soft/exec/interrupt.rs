@@ -1,5 +1,5 @@
-//! Interrupts and exceptions in long mode (Intel SDM volume 3A, chapter 7): gates, stack switches, frames, and
-//! the double fault's rules.
+//! Interrupts and exceptions (Intel SDM volume 3A, chapter 7): long mode's gates, stack switches and frames, and the
+//! double fault's rules. [`legacy_interrupt`](super::legacy_interrupt) has the gates of the other modes.
 
 use crate::hv::soft::cpu::{Cpu, is_canonical, seg, slot};
 use crate::hv::soft::fault::{Exception, Stop};
@@ -88,7 +88,13 @@ impl Cpu {
 
     /// Enters a handler through its gate, with `rip` as the return address. Changes nothing on error.
     pub(super) fn enter_gate(&mut self, vector: u8, error: Option<u32>, source: Source) -> Result<(), Stop> {
+        if !self.is_protected() {
+            return self.enter_real_handler(vector);
+        }
         let external = u32::from(source != Source::Software);
+        if !self.is_long_mode() {
+            return self.enter_legacy_gate(vector, error, source, external);
+        }
         let gate = self.gate(vector, source, external)?;
         let selector = gate.selector;
         if is_null(selector) {
@@ -121,17 +127,22 @@ impl Cpu {
         if inward {
             self.segments[seg::SS] = null_stack(level);
         }
-        self.system_flags &= !(flags::TF | flags::NT | flags::RF);
-        if gate.clears_if {
+        self.rip = gate.offset;
+        self.handler_entered(vector, gate.clears_if);
+        Ok(())
+    }
+
+    /// What every handler begins with, once its segments are loaded.
+    pub(super) fn handler_entered(&mut self, vector: u8, clears_if: bool) {
+        self.system_flags &= !(flags::TF | flags::RF | if self.is_protected() { flags::NT } else { 0 });
+        if clears_if {
             self.system_flags &= !flags::IF;
         }
         if vector == 1 {
             self.dr[5] &= !DR7_GENERAL_DETECT;
         }
-        self.rip = gate.offset;
         self.interrupt_shadow = false;
         self.mode_changed();
-        Ok(())
     }
 
     fn gate(&mut self, vector: u8, source: Source, external: u32) -> Result<Gate, Stop> {

@@ -7,10 +7,12 @@
 mod alu;
 mod bits;
 mod control;
+mod decimal;
 mod far;
 mod flow;
 mod interrupt;
 mod io;
+mod legacy_interrupt;
 mod moves;
 mod msr;
 mod muldiv;
@@ -22,6 +24,7 @@ mod string;
 mod system_segment;
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
 mod tests;
+mod validate;
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
@@ -103,19 +106,22 @@ fn general(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Sahf => moves::sahf,
         Mnemonic::Push => stack::push,
         Mnemonic::Pop => return pop(insn),
-        Mnemonic::Pushf | Mnemonic::Pushfq => stack::pushf,
-        Mnemonic::Popf | Mnemonic::Popfq => stack::popf,
+        Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq => stack::pushf,
+        Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => stack::popf,
+        Mnemonic::Pusha | Mnemonic::Pushad => stack::pusha,
+        Mnemonic::Popa | Mnemonic::Popad => stack::popa,
         Mnemonic::Enter => stack::enter,
         Mnemonic::Leave => stack::leave,
-        Mnemonic::Jmp if insn.is_jmp_far_indirect() => far::jmp,
+        Mnemonic::Jmp if insn.is_jmp_far_indirect() || insn.is_jmp_far() => far::jmp,
         Mnemonic::Jmp => flow::jmp,
-        Mnemonic::Call if insn.is_call_far_indirect() => far::call,
+        Mnemonic::Call if insn.is_call_far_indirect() || insn.is_call_far() => far::call,
         Mnemonic::Call => flow::call,
         Mnemonic::Ret => flow::ret,
         Mnemonic::Retf => far::ret,
         Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne => flow::loops,
-        Mnemonic::Jrcxz | Mnemonic::Jecxz => flow::jrcxz,
-        Mnemonic::Int3 | Mnemonic::Int | Mnemonic::Int1 => flow::int,
+        Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz => flow::jrcxz,
+        Mnemonic::Int3 | Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Into => flow::int,
+        Mnemonic::Bound => flow::bound,
         Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq => far::iret,
         Mnemonic::Syscall => flow::syscall,
         Mnemonic::Nop
@@ -154,6 +160,14 @@ fn general(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Clc => control::clc,
         Mnemonic::Stc => control::stc,
         Mnemonic::Cmc => control::cmc,
+        Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss => segment::load_pointer,
+        Mnemonic::Aaa => decimal::aaa,
+        Mnemonic::Aas => decimal::aas,
+        Mnemonic::Daa => decimal::daa,
+        Mnemonic::Das => decimal::das,
+        Mnemonic::Aam => decimal::aam,
+        Mnemonic::Aad => decimal::aad,
+        Mnemonic::Salc => decimal::salc,
         mnemonic => return conditional(mnemonic),
     };
     Some(executor)
@@ -202,6 +216,7 @@ fn system(insn: &Instruction) -> Option<Executor> {
         Mnemonic::Verw => system_segment::verw,
         Mnemonic::Lar => system_segment::lar,
         Mnemonic::Lsl => system_segment::lsl,
+        Mnemonic::Arpl => system_segment::arpl,
         _ => return None,
     })
 }

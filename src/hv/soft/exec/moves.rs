@@ -5,6 +5,7 @@ use iced_x86::{Instruction, Register};
 use crate::hv::soft::cpu::{Cpu, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
 use crate::hv::soft::flags::{self, sext};
+use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::{operand_bits, segment_fault};
 
 use super::mask;
@@ -95,7 +96,7 @@ pub(super) fn cmpxchg8b(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop>
 
 pub(super) fn cmpxchg16b(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let pair = |cpu: &Cpu, low: usize, high: usize| u128::from(cpu.regs[low]) | u128::from(cpu.regs[high]) << 64;
-    if !cpu.linear_address(insn).is_multiple_of(16) {
+    if !cpu.linear_address(insn, 16, Access::Write)?.is_multiple_of(16) {
         return Err(Exception::general_protection(0).into());
     }
     let old = cpu.load_for_store::<u128>(insn)?;
@@ -157,11 +158,8 @@ pub(super) fn sign_to_rdx(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Sto
 
 pub(super) fn xlat(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let base = insn.memory_base();
-    let mut offset = cpu.register(base).wrapping_add(cpu.regs[slot::RAX] & 0xff);
-    if base.size() == 4 {
-        offset &= mask(32);
-    }
-    let address = offset.wrapping_add(cpu.segment_base(insn.memory_segment()));
+    let offset = cpu.register(base).wrapping_add(cpu.regs[slot::RAX] & 0xff) & mask(base.size() as u32 * 8);
+    let address = cpu.address_at(insn, offset, 1, Access::Read)?;
     let value = cpu.read::<u8>(address).map_err(|stop| segment_fault(insn, stop))?;
     cpu.set_low(slot::RAX, 8, value.into());
     Ok(Flow::Next)

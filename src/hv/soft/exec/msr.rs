@@ -2,7 +2,7 @@
 
 use iced_x86::Instruction;
 
-use crate::hv::soft::cpu::{Cpu, efer, is_canonical, slot};
+use crate::hv::soft::cpu::{Cpu, cr0, efer, is_canonical, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
 use crate::units::GuestAddr;
 
@@ -124,10 +124,11 @@ impl Cpu {
         Some(())
     }
 
-    /// LMA follows LME and paging; with paging on, as in all of long mode, LME cannot change.
+    /// LMA follows LME and paging; with paging on LME cannot change.
     fn write_efer(&mut self, value: u64) -> Option<()> {
         let old = self.control.efer;
-        if value & !(EFER_WRITABLE | efer::LMA) != 0 || (value ^ old) & efer::LME != 0 {
+        let paging = self.control.cr0 & cr0::PG != 0;
+        if value & !(EFER_WRITABLE | efer::LMA) != 0 || (paging && (value ^ old) & efer::LME != 0) {
             return None;
         }
         self.control.efer = value & EFER_WRITABLE | old & efer::LMA;

@@ -1,6 +1,6 @@
 //! Segment descriptors and registers (Intel SDM volume 3A, sections 3.4, 3.5 and 6.8; MOV in volume 2).
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, Mnemonic, Register};
 
 use crate::hv::soft::cpu::{Cpu, seg, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
@@ -131,8 +131,10 @@ impl Cpu {
 
     /// Loads DS, ES, FS, GS or SS. SS must suit the privilege level `cpl`.
     pub(super) fn load_data_segment(&mut self, index: usize, selector: u16) -> Result<(), Stop> {
-        let segment = if index == seg::SS {
-            self.stack_segment(selector, self.cpl(), true)?
+        let segment = if !self.is_protected() {
+            self.real_segment(index, selector)
+        } else if index == seg::SS {
+            self.stack_segment(selector, self.cpl(), self.is_64bit())?
         } else {
             self.data_segment(selector)?
         };
@@ -143,6 +145,12 @@ impl Cpu {
         }
         self.segments[index] = segment;
         Ok(())
+    }
+
+    /// What a segment register becomes in real mode (SDM 22.1.1): only selector and base change, so that a limit from
+    /// protected mode stays.
+    pub(super) fn real_segment(&self, index: usize, selector: u16) -> Segment {
+        Segment { selector, base: u64::from(selector) << 4, unusable: false, ..self.segments[index] }
     }
 
     fn data_segment(&mut self, selector: u16) -> Result<Segment, Stop> {
@@ -221,7 +229,27 @@ pub(super) fn pop(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let index = insn.op0_register().number();
     let bytes = u64::from(insn.stack_pointer_increment().unsigned_abs());
     let selector = cpu.peek_sized(0, bytes)? as u16;
+    // By the stack as it was: the new one may be of another size.
+    let sp = cpu.regs[slot::RSP];
+    cpu.move_stack(bytes);
+    if let Err(stop) = cpu.load_data_segment(index, selector) {
+        cpu.regs[slot::RSP] = sp;
+        return Err(stop);
+    }
+    Ok(loaded(cpu, index))
+}
+
+/// LDS, LES, LFS, LGS and LSS: a segment register and a general one from a far pointer in memory.
+pub(super) fn load_pointer(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
+    let index = match insn.mnemonic() {
+        Mnemonic::Lds => seg::DS,
+        Mnemonic::Les => seg::ES,
+        Mnemonic::Lfs => seg::FS,
+        Mnemonic::Lgs => seg::GS,
+        _ => seg::SS,
+    };
+    let (offset, selector, _) = cpu.far_pointer(insn)?;
     cpu.load_data_segment(index, selector)?;
-    cpu.regs[slot::RSP] = cpu.regs[slot::RSP].wrapping_add(bytes);
+    cpu.set_register(insn.op0_register(), offset);
     Ok(loaded(cpu, index))
 }

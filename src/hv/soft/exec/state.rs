@@ -6,7 +6,7 @@ use crate::hv::soft::apic::{IoApic, Lapic};
 use crate::hv::soft::clock::Clock;
 use crate::hv::soft::code_image::GeneralCode;
 use crate::hv::soft::code_map::CodeMap;
-use crate::hv::soft::cpu::{Control, Cpu, SystemMsrs, cr0, efer, is_canonical, seg, slot};
+use crate::hv::soft::cpu::{Control, Cpu, SystemMsrs, cr0, seg, slot};
 use crate::hv::soft::fast::Miss;
 use crate::hv::soft::fast::branch::JumpCache;
 use crate::hv::soft::fault::Stop;
@@ -20,17 +20,17 @@ use crate::hv::state::x86_64::{Activity, Events, Msrs, Segment, Table};
 use crate::hv::{HvError, IoHandler};
 use crate::mem::GuestRam;
 
-use super::control::{is_valid_cr0, is_valid_cr3, is_valid_cr4};
-use super::msr::is_valid_pat;
+use super::validate::validate;
 
 /// PAT, DR6 and DR7 after reset.
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const DR_RESET: [u64; 6] = [0, 0, 0, 0, 0xffff_0ff0, 0x400];
 
-const EFER_KNOWN: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+/// Family, model and stepping, which reset leaves in EDX.
+const SIGNATURE: u32 = 0x0000_06f1;
 
 impl Cpu {
-    /// A processor after reset. It cannot run before [`restore`](Self::restore) gives it a 64-bit state.
+    /// A processor after reset.
     pub(in crate::hv::soft) fn new(
         ram: Arc<GuestRam>,
         io: Box<dyn IoHandler>,
@@ -38,23 +38,20 @@ impl Cpu {
         ioapic: Arc<IoApic>,
         clock: Clock,
     ) -> Self {
-        let data = Segment { limit: 0xffff, attributes: 0x93, ..Segment::default() };
-        let mut segments = [data; 6];
-        segments[seg::CS] = Segment { selector: 0xf000, base: 0xffff_0000, attributes: 0x9b, ..data };
-        let table = Table { base: 0, limit: 0xffff };
-        Self {
+        let mut cpu = Self {
             regs: [0; 256],
             flags: Flags::new(),
             system_flags: 0,
-            rip: 0xfff0,
+            rip: 0,
             interrupt_shadow: false,
-            control: Control { cr0: cr0::CD | cr0::NW | cr0::ET, ..Control::default() },
+            nmi_masked: false,
+            control: Control { cr0: cr0::CD | cr0::NW, ..Control::default() },
             msrs: SystemMsrs { pat: PAT_RESET, ..SystemMsrs::default() },
-            segments,
-            ldtr: Segment { attributes: 0x82, ..data },
-            tr: Segment { attributes: 0x8b, ..data },
-            gdtr: table,
-            idtr: table,
+            segments: [Segment::default(); 6],
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdtr: Table::default(),
+            idtr: Table::default(),
             dr: DR_RESET,
             fpu: FpuState::new(),
             tlb: Tlb::new(),
@@ -74,10 +71,42 @@ impl Cpu {
             miss: Miss { va: 0, size: 0 },
             stop: Stop::Unimplemented("nothing stopped"),
             crossings: CrossingCache::new(),
-        }
+        };
+        cpu.init();
+        cpu
     }
 
-    /// The architectural state; whether it is halted is the run loop's to add.
+    /// INIT (Intel SDM volume 3A, table 10-1 and 11.4.7.3): as after reset, but caches, x87, SSE, most MSRs and the time stamp counter
+    /// stay as they were.
+    pub(in crate::hv::soft) fn init(&mut self) {
+        let data = Segment { limit: 0xffff, attributes: 0x93, ..Segment::default() };
+        let table = Table { base: 0, limit: 0xffff };
+        self.regs[..16].fill(0);
+        self.regs[slot::RDX] = SIGNATURE.into();
+        (self.regs[slot::FS_BASE], self.regs[slot::GS_BASE]) = (0, 0);
+        self.segments = [data; 6];
+        self.segments[seg::CS] = Segment { selector: 0xf000, base: 0xffff_0000, attributes: 0x9b, ..data };
+        self.rip = 0xfff0;
+        self.set_rflags(0);
+        let caches = self.control.cr0 & (cr0::CD | cr0::NW);
+        self.control = Control { cr0: caches | cr0::ET, ..Control::default() };
+        self.ldtr = Segment { attributes: 0x82, ..data };
+        self.tr = Segment { attributes: 0x8b, ..data };
+        (self.gdtr, self.idtr) = (table, table);
+        self.dr = DR_RESET;
+        (self.interrupt_shadow, self.nmi_masked) = (false, false);
+        self.lapic.reset();
+        self.flush_tlb();
+        self.mode_changed();
+    }
+
+    /// Starts where a start-up message says: in real mode, at the begin of a page of the first megabyte (SDM 9.4.4).
+    pub(in crate::hv::soft) fn start_up(&mut self, vector: u8) {
+        self.segments[seg::CS] = self.real_segment(seg::CS, u16::from(vector) << 8);
+        self.rip = 0;
+    }
+
+    /// The architectural state; what it does and was told is the run loop's to add.
     pub(in crate::hv::soft) fn save(&mut self) -> VcpuState {
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.regs[..16]);
@@ -104,7 +133,7 @@ impl Cpu {
             lapic: self.lapic.save(),
             interrupt_shadow: self.interrupt_shadow,
             activity: Activity::Running,
-            events: Events::default(),
+            events: Events { nmi_masked: self.nmi_masked, ..Events::default() },
         }
     }
 
@@ -128,7 +157,7 @@ impl Cpu {
         }
     }
 
-    /// Replaces the architectural state, and forgets all translations. Halting is the run loop's.
+    /// Replaces the architectural state, and forgets all translations. What it does and was told is the run loop's.
     ///
     /// # Errors
     /// [`HvError::State`] when no processor can be in it or this one does not run it; nothing has changed then.
@@ -152,6 +181,7 @@ impl Cpu {
         self.restore_msrs(&state.msrs);
         self.fpu = FpuState::restore(&state.fpu);
         self.interrupt_shadow = state.interrupt_shadow;
+        self.nmi_masked = state.events.nmi_masked;
         self.flush_tlb();
         self.mode_changed();
         Ok(())
@@ -174,40 +204,4 @@ impl Cpu {
             kvm_wall_clock: msrs.kvm_wall_clock,
         };
     }
-}
-
-fn validate(state: &VcpuState) -> Result<(), &'static str> {
-    let require = |holds: bool, what| if holds { Ok(()) } else { Err(what) };
-    let msrs = &state.msrs;
-    require(is_valid_cr0(state.cr0), "CR0 without paging, or contradicting itself")?;
-    require(is_valid_cr3(state.cr3), "CR3 past the physical address width")?;
-    require(is_valid_cr4(state.cr4), "CR4 with bits this processor does not have, or without PAE")?;
-    require(state.cr8 <= 15, "CR8 above 15")?;
-    require(msrs.efer & !EFER_KNOWN == 0, "EFER with bits this processor does not have")?;
-    require(msrs.efer & (efer::LME | efer::LMA) == efer::LME | efer::LMA, "EFER outside long mode")?;
-    let code = &state.segments[seg::CS];
-    require(code.attributes & 0x6098 == 0x2098, "CS is not a present 64-bit code segment")?;
-    let addresses = [
-        state.rip,
-        state.gdtr.base,
-        state.idtr.base,
-        state.ldtr.base,
-        state.tr.base,
-        state.segments[seg::FS].base,
-        state.segments[seg::GS].base,
-        msrs.lstar,
-        msrs.cstar,
-        msrs.kernel_gs_base,
-        msrs.sysenter_esp,
-        msrs.sysenter_eip,
-    ];
-    require(addresses.into_iter().all(is_canonical), "an address is not canonical")?;
-    let segments = state.segments.iter().chain([&state.ldtr, &state.tr]);
-    require(segments.into_iter().all(|s| s.attributes & 0x0f00 == 0), "segment attributes with limit bits")?;
-    require(is_valid_pat(msrs.pat), "PAT names no memory type")?;
-    require(state.rflags & 2 != 0 && state.rflags >> 22 == 0, "RFLAGS with reserved bits")?;
-    require(matches!(state.activity, Activity::Running | Activity::Halted), "a processor that nobody has started")?;
-    require(state.events == Events::default(), "an event under way that this processor does not know")?;
-    require(state.dr[4] >> 32 == 0 && state.dr[5] >> 32 == 0, "DR6 or DR7 wider than 32 bits")?;
-    require(msrs.sfmask >> 32 == 0 && msrs.tsc_aux >> 32 == 0, "an MSR wider than 32 bits")
 }

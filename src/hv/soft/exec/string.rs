@@ -4,13 +4,13 @@
 //! the middle restarts where it was. One call does a bounded amount of work and then jumps to the
 //! instruction itself, so that interrupts get in, as they do on silicon.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{CodeSize, Instruction, OpKind};
 
-use crate::hv::soft::cpu::{Cpu, slot};
+use crate::hv::soft::cpu::{Cpu, seg, slot};
 use crate::hv::soft::fault::{Flow, Stop};
 use crate::hv::soft::flags;
 use crate::hv::soft::mmu::Access;
-use crate::hv::soft::operand::segment_fault;
+use crate::hv::soft::operand::{segment_fault, segment_number};
 use crate::units::PAGE_SIZE;
 
 use super::mask;
@@ -24,30 +24,46 @@ struct Form {
     size: u64,
     /// What an element adds to RSI and RDI.
     step: u64,
-    /// 64, or 32 with an address-size prefix.
+    /// The width of RSI, RDI and RCX.
     address_bits: u32,
-    /// Base of the source's segment.
-    source_base: u64,
+    /// The source's segment, and its base in 64-bit mode.
+    source: (usize, u64),
+    /// Outside 64-bit mode segments are checked.
+    checked: bool,
 }
 
 impl Form {
     fn new(cpu: &Cpu, insn: &Instruction, size: u64) -> Self {
-        let short =
-            |n: u32| n < insn.op_count() && matches!(insn.op_kind(n), OpKind::MemorySegESI | OpKind::MemoryESEDI);
+        let segment = insn.memory_segment();
         Self {
             size,
             step: if cpu.system_flags & flags::DF == 0 { size } else { size.wrapping_neg() },
-            address_bits: if short(0) || short(1) { 32 } else { 64 },
-            source_base: cpu.segment_base(insn.memory_segment()),
+            address_bits: (0..insn.op_count()).find_map(|n| address_bits(insn.op_kind(n))).unwrap_or(64),
+            source: (segment_number(segment), cpu.segment_base(segment)),
+            checked: insn.code_size() != CodeSize::Code64,
         }
     }
 
-    fn source(&self, cpu: &Cpu) -> u64 {
-        (cpu.regs[slot::RSI] & mask(self.address_bits)).wrapping_add(self.source_base)
+    /// Where `elements` elements of the source lie.
+    fn source(&self, cpu: &Cpu, elements: u64) -> Result<u64, Stop> {
+        let (segment, base) = self.source;
+        let offset = cpu.regs[slot::RSI] & mask(self.address_bits);
+        if self.checked {
+            cpu.segment_address(segment, offset, elements * self.size, Access::Read)
+        } else {
+            Ok(offset.wrapping_add(base))
+        }
     }
 
-    fn destination(&self, cpu: &Cpu) -> u64 {
-        cpu.regs[slot::RDI] & mask(self.address_bits)
+    /// Where `elements` elements of the destination lie, in ES.
+    fn destination(&self, cpu: &Cpu, elements: u64, access: Access) -> Result<u64, Stop> {
+        let offset = cpu.regs[slot::RDI] & mask(self.address_bits);
+        if self.checked { cpu.segment_address(seg::ES, offset, elements * self.size, access) } else { Ok(offset) }
+    }
+
+    /// How many elements lie between an index register and where it wraps.
+    fn before_wrap(&self, cpu: &Cpu, index: usize) -> u64 {
+        (mask(self.address_bits) - (cpu.regs[index] & mask(self.address_bits))) / self.size
     }
 
     fn advance(&self, cpu: &mut Cpu, index: usize, elements: u64) {
@@ -56,7 +72,22 @@ impl Form {
     }
 
     fn load(&self, cpu: &mut Cpu, insn: &Instruction) -> Result<u64, Stop> {
-        read(cpu, self.source(cpu), self.size).map_err(|stop| segment_fault(insn, stop))
+        let at = self.source(cpu, 1)?;
+        read(cpu, at, self.size).map_err(|stop| segment_fault(insn, stop))
+    }
+
+    fn store(&self, cpu: &mut Cpu, value: u64) -> Result<(), Stop> {
+        let at = self.destination(cpu, 1, Access::Write)?;
+        write(cpu, at, self.size, value)
+    }
+}
+
+fn address_bits(kind: OpKind) -> Option<u32> {
+    match kind {
+        OpKind::MemorySegSI | OpKind::MemoryESDI => Some(16),
+        OpKind::MemorySegESI | OpKind::MemoryESEDI => Some(32),
+        OpKind::MemorySegRSI | OpKind::MemoryESRDI => Some(64),
+        _ => None,
     }
 }
 
@@ -142,7 +173,7 @@ pub(super) fn movs(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
             return Ok(done);
         }
         let value = form.load(cpu, insn)?;
-        write(cpu, form.destination(cpu), form.size, value)?;
+        form.store(cpu, value)?;
         form.advance(cpu, slot::RSI, 1);
         form.advance(cpu, slot::RDI, 1);
         Ok(1)
@@ -170,9 +201,11 @@ fn write_offset(cpu: &mut Cpu, address: u64) -> Result<Option<u64>, Stop> {
 
 /// Copies as many elements as lie on the source's and the destination's page; `None` when it must go one by one.
 fn copy(cpu: &mut Cpu, insn: &Instruction, form: &Form, count: u64) -> Result<Option<u64>, Stop> {
-    let (source, destination) = (form.source(cpu), form.destination(cpu));
-    let mut elements = count.min(in_page(source, form.size)).min(in_page(destination, form.size));
-    if elements == 0 {
+    let wrap = form.before_wrap(cpu, slot::RSI).min(form.before_wrap(cpu, slot::RDI));
+    let (source, destination) = (form.source(cpu, 1)?, form.destination(cpu, 1, Access::Write)?);
+    let mut elements = count.min(wrap).min(in_page(source, form.size)).min(in_page(destination, form.size));
+    // What the segments' limits cut off goes one by one, up to the fault.
+    if elements == 0 || form.source(cpu, elements).is_err() || form.destination(cpu, elements, Access::Write).is_err() {
         return Ok(None);
     }
     let Some(from) = read_offset(cpu, source).map_err(|stop| segment_fault(insn, stop))? else { return Ok(None) };
@@ -201,7 +234,7 @@ pub(super) fn stos(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         {
             return Ok(done);
         }
-        write(cpu, form.destination(cpu), form.size, value)?;
+        form.store(cpu, value)?;
         form.advance(cpu, slot::RDI, 1);
         Ok(1)
     })
@@ -209,11 +242,11 @@ pub(super) fn stos(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 
 /// Fills as many elements as lie on the destination's page; `None` when it must go one by one.
 fn fill(cpu: &mut Cpu, form: &Form, value: u64, count: u64) -> Result<Option<u64>, Stop> {
-    let destination = form.destination(cpu);
-    let elements = count.min(in_page(destination, form.size));
+    let destination = form.destination(cpu, 1, Access::Write)?;
+    let elements = count.min(form.before_wrap(cpu, slot::RDI)).min(in_page(destination, form.size));
     let byte = value as u8;
     let uniform = value == u64::from_le_bytes([byte; 8]) & mask(form.size as u32 * 8);
-    if elements == 0 || !uniform {
+    if elements == 0 || !uniform || form.destination(cpu, elements, Access::Write).is_err() {
         return Ok(None);
     }
     let Some(to) = write_offset(cpu, destination)? else { return Ok(None) };
@@ -239,7 +272,8 @@ pub(super) fn lods(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 pub(super) fn scas(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let form = Form::new(cpu, insn, memory_bytes(insn));
     repeat(cpu, insn, &form, until(insn), |cpu, form, _| {
-        let b = read(cpu, form.destination(cpu), form.size)?;
+        let at = form.destination(cpu, 1, Access::Read)?;
+        let b = read(cpu, at, form.size)?;
         let a = cpu.regs[slot::RAX];
         cpu.flags.sub(a, b, a.wrapping_sub(b), form.size as u32 * 8);
         form.advance(cpu, slot::RDI, 1);
@@ -251,7 +285,8 @@ pub(super) fn cmps(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let form = Form::new(cpu, insn, memory_bytes(insn));
     repeat(cpu, insn, &form, until(insn), |cpu, form, _| {
         let a = form.load(cpu, insn)?;
-        let b = read(cpu, form.destination(cpu), form.size)?;
+        let at = form.destination(cpu, 1, Access::Read)?;
+        let b = read(cpu, at, form.size)?;
         cpu.flags.sub(a, b, a.wrapping_sub(b), form.size as u32 * 8);
         form.advance(cpu, slot::RSI, 1);
         form.advance(cpu, slot::RDI, 1);
@@ -265,9 +300,10 @@ pub(super) fn ins(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.require_ports(port, form.size)?;
     repeat(cpu, insn, &form, Until::CountOut, |cpu, form, _| {
         // What the port gives is lost if it cannot be stored.
-        cpu.probe_write(form.destination(cpu), form.size)?;
+        let at = form.destination(cpu, 1, Access::Write)?;
+        cpu.probe_write(at, form.size)?;
         let value = cpu.port_in(port, form.size);
-        write(cpu, form.destination(cpu), form.size, value)?;
+        write(cpu, at, form.size, value)?;
         form.advance(cpu, slot::RDI, 1);
         Ok(1)
     })

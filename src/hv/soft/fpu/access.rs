@@ -9,6 +9,7 @@ use crate::hv::soft::cpu::cr0;
 use crate::hv::soft::cpu::cr4;
 use crate::hv::soft::fault::Exception;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::segment_fault;
 
 use super::lane::Lane;
@@ -81,20 +82,20 @@ impl Cpu {
 
     #[inline(always)]
     pub(super) fn load_aligned(&mut self, insn: &Instruction) -> Result<u128, Stop> {
-        let address = self.aligned_address(insn)?;
+        let address = self.aligned_address(insn, 16, Access::Read)?;
         self.read(address).map_err(|stop| segment_fault(insn, stop))
     }
 
     #[inline(always)]
     pub(super) fn store_aligned(&mut self, insn: &Instruction, value: u128) -> Result<(), Stop> {
-        let address = self.aligned_address(insn)?;
+        let address = self.aligned_address(insn, 16, Access::Write)?;
         self.write(address, value).map_err(|stop| segment_fault(insn, stop))
     }
 
     /// The memory operand's linear address; #GP(0) when it is not a multiple of 16.
     #[inline(always)]
-    pub(super) fn aligned_address(&self, insn: &Instruction) -> Result<u64, Stop> {
-        let address = self.linear_address(insn);
+    pub(super) fn aligned_address(&self, insn: &Instruction, len: u64, access: Access) -> Result<u64, Stop> {
+        let address = self.linear_address(insn, len, access)?;
         if address & 15 == 0 { Ok(address) } else { Err(Exception::general_protection(0).into()) }
     }
 

@@ -1,6 +1,7 @@
 //! FXSAVE and FXRSTOR (Intel SDM volume 1, section 10.5, and volume 2), in the 64-bit mode layout: all sixteen XMM
-//! registers. The x87 pointers are saved as AMD does: only while an exception is pending, else as zeros.
+//! registers, of which there are eight outside it. The x87 pointers are saved as AMD does: only while an exception is pending, else as zeros.
 
+use iced_x86::CodeSize;
 use iced_x86::Instruction;
 use iced_x86::Mnemonic;
 
@@ -10,14 +11,22 @@ use crate::hv::soft::exec::Executor;
 use crate::hv::soft::fault::Exception;
 use crate::hv::soft::fault::Flow;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::segment_fault;
 
 use super::extended::Extended;
 use super::mxcsr;
 use super::x87::Pointers;
 
+/// XMM registers that are saved: eight outside 64-bit mode, which does not have the others.
+fn registers(insn: &Instruction) -> usize {
+    if insn.code_size() == CodeSize::Code64 { 16 } else { 8 }
+}
+
 /// The bytes of the area that are written: the rest is left to software.
-const SAVED: u64 = 416;
+const fn saved(registers: usize) -> u64 {
+    160 + 16 * registers as u64
+}
 
 pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
     Some(match insn.mnemonic() {
@@ -29,18 +38,18 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
     })
 }
 
-fn area(cpu: &Cpu, insn: &Instruction) -> Result<u64, Stop> {
+fn area(cpu: &Cpu, insn: &Instruction, access: Access) -> Result<u64, Stop> {
     if cpu.control.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(Exception::NO_FPU.into());
     }
-    cpu.aligned_address(insn)
+    cpu.aligned_address(insn, saved(registers(insn)), access)
 }
 
 /// `WIDE`: with REX.W the pointers are 64 bits, else 32 bits and a selector.
 fn save<const WIDE: bool>(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    let at = area(cpu, insn)?;
+    let at = area(cpu, insn, Access::Write)?;
     let fault = |stop| segment_fault(insn, stop);
-    cpu.probe_write(at, SAVED).map_err(fault)?;
+    cpu.probe_write(at, saved(registers(insn))).map_err(fault)?;
     let x87 = &cpu.fpu.x87;
     let pointers = if x87.is_pending() { x87.pointers } else { Pointers::default() };
     let header = [x87.control, x87.status_word(), u16::from(x87.valid), pointers.opcode];
@@ -60,17 +69,18 @@ fn save<const WIDE: bool>(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Sto
         let value = u128::from(value.sig) | u128::from(value.se) << 64;
         cpu.write(at + 32 + 16 * u64::from(i), value).map_err(fault)?;
     }
-    for i in 0..16 {
-        cpu.write(at + 160 + 16 * i, cpu.fpu.xmm[i as usize]).map_err(fault)?;
+    for (to, i) in (at + 160..).step_by(16).zip(0..registers(insn)) {
+        cpu.write(to, cpu.fpu.xmm[i]).map_err(fault)?;
     }
     Ok(Flow::Next)
 }
 
 fn restore<const WIDE: bool>(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    let at = area(cpu, insn)?;
+    let at = area(cpu, insn, Access::Read)?;
     let fault = |stop| segment_fault(insn, stop);
-    let mut area = [0u128; (SAVED / 16) as usize];
-    for (offset, part) in (0..).step_by(16).zip(&mut area) {
+    let mut area = [0u128; (saved(16) / 16) as usize];
+    let len = (saved(registers(insn)) / 16) as usize;
+    for (offset, part) in (0..).step_by(16).zip(&mut area[..len]) {
         *part = cpu.read(at + offset).map_err(fault)?;
     }
     let mxcsr = (area[1] >> 64) as u32;
@@ -93,6 +103,6 @@ fn restore<const WIDE: bool>(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, 
         let value = area[2 + usize::from(i)];
         x87.set_raw(i, Extended { sig: value as u64, se: (value >> 64) as u16 });
     }
-    cpu.fpu.xmm.copy_from_slice(&area[10..]);
+    cpu.fpu.xmm[..registers(insn)].copy_from_slice(&area[10..len]);
     Ok(Flow::Next)
 }

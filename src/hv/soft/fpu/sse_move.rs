@@ -10,6 +10,7 @@ use crate::hv::soft::cpu::slot;
 use crate::hv::soft::exec::Executor;
 use crate::hv::soft::fault::Flow;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::segment_fault;
 
 use super::access::mm_index;
@@ -300,11 +301,14 @@ fn masked_xmm(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 
 /// Writes the bytes that `mask` selects at DS:RDI; only they can fault, and all are checked before one is written.
 fn masked(cpu: &mut Cpu, insn: &Instruction, value: &[u8], mask: u64) -> Result<(), Stop> {
-    let mut base = cpu.regs[slot::RDI];
-    if insn.op0_kind() == OpKind::MemorySegEDI {
-        base &= 0xffff_ffff;
-    }
-    let base = base.wrapping_add(cpu.segment_base(insn.memory_segment()));
+    let wrap = match insn.op0_kind() {
+        OpKind::MemorySegDI => 0xffff,
+        OpKind::MemorySegEDI => 0xffff_ffff,
+        _ => u64::MAX,
+    };
+    let offset = cpu.regs[slot::RDI] & wrap;
+    // Outside 64-bit mode all of it must lie in the segment, whatever is written.
+    let base = cpu.address_at(insn, offset, value.len() as u64, Access::Write)?;
     let fault = |stop| if insn.memory_segment() == Register::SS { segment_fault(insn, stop) } else { stop };
     let selected = |n: usize| mask >> n & 1 == 1;
     for n in (0..value.len()).filter(|&n| selected(n)) {

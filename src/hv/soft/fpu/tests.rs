@@ -64,7 +64,7 @@ pub(super) fn machine(mib: u64) -> Cpu {
     cpu.control.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
     cpu.control.efer = efer::LME | efer::LMA;
     cpu.segments[seg::SS].attributes = 0xc093;
-    cpu.segments[seg::CS].selector = 0x33;
+    (cpu.segments[seg::CS].selector, cpu.segments[seg::CS].attributes) = (0x33, 0xa09b);
     cpu.mode_changed();
     cpu
 }

@@ -10,6 +10,7 @@ use crate::hv::soft::cpu::cr0;
 use crate::hv::soft::cpu::seg;
 use crate::hv::soft::fault::Exception;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::operand::segment_number;
 
 use super::extended::Class;
 use super::extended::EMAX;
@@ -461,31 +462,25 @@ impl Cpu {
     /// Remembers where the instruction is, after its memory operand has been reached.
     pub(super) fn note_x87(&mut self, insn: &Instruction) -> Result<(), Stop> {
         let ip = self.rip.wrapping_sub(insn.len() as u64);
+        let code = self.code_address(ip)?.0;
         let mut opcode = 0;
         // The decoded form does not keep the opcode; it follows the prefixes, and none of them looks like it.
         for at in 0..insn.len() as u64 {
-            let byte = self.read::<u8>(ip.wrapping_add(at))?;
+            let byte = self.read::<u8>(code.wrapping_add(at))?;
             if byte >> 3 == 0b11011 {
-                let modrm = self.read::<u8>(ip.wrapping_add(at + 1))?;
+                let modrm = self.read::<u8>(code.wrapping_add(at + 1))?;
                 opcode = u16::from(byte & 7) << 8 | u16::from(modrm);
                 break;
             }
         }
         let memory = insn.op0_kind() == OpKind::Memory;
         let dp = if memory { self.effective_address(insn) } else { self.fpu.x87.pointers.dp };
-        let ds = if memory { self.segments[segment_number(insn)].selector } else { self.fpu.x87.pointers.ds };
+        let ds = if memory {
+            self.segments[segment_number(insn.memory_segment())].selector
+        } else {
+            self.fpu.x87.pointers.ds
+        };
         self.fpu.x87.pointers = Pointers { opcode, ip, cs: self.segments[seg::CS].selector, dp, ds };
         Ok(())
-    }
-}
-
-fn segment_number(insn: &Instruction) -> usize {
-    match insn.memory_segment() {
-        Register::ES => seg::ES,
-        Register::CS => seg::CS,
-        Register::SS => seg::SS,
-        Register::FS => seg::FS,
-        Register::GS => seg::GS,
-        _ => seg::DS,
     }
 }

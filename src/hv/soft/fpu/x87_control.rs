@@ -11,6 +11,7 @@ use crate::hv::soft::exec::Executor;
 use crate::hv::soft::fault::Exception;
 use crate::hv::soft::fault::Flow;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::segment_fault;
 
 use super::extended::Class;
@@ -127,6 +128,11 @@ fn is_narrow(insn: &Instruction) -> bool {
     matches!(insn.code(), Code::Fnstenv_m14byte | Code::Fldenv_m14byte | Code::Fnsave_m94byte | Code::Frstor_m94byte)
 }
 
+/// The environment in memory has another layout in real mode, with linear addresses instead of selectors.
+fn require_selectors(cpu: &Cpu) -> Result<(), Stop> {
+    if cpu.is_protected() { Ok(()) } else { Err(Stop::Unimplemented("the x87 environment of real mode")) }
+}
+
 const fn environment_size(narrow: bool) -> usize {
     if narrow { 14 } else { 28 }
 }
@@ -187,7 +193,7 @@ fn set_environment(x87: &mut X87, bytes: &[u8; 28], narrow: bool) {
 }
 
 fn write_all(cpu: &mut Cpu, insn: &Instruction, bytes: &[u8]) -> Result<(), Stop> {
-    let at = cpu.linear_address(insn);
+    let at = cpu.linear_address(insn, bytes.len() as u64, Access::Write)?;
     let fault = |stop| segment_fault(insn, stop);
     cpu.probe_write(at, bytes.len() as u64).map_err(fault)?;
     for (n, &byte) in bytes.iter().enumerate() {
@@ -197,7 +203,7 @@ fn write_all(cpu: &mut Cpu, insn: &Instruction, bytes: &[u8]) -> Result<(), Stop
 }
 
 fn read_all(cpu: &mut Cpu, insn: &Instruction, bytes: &mut [u8]) -> Result<(), Stop> {
-    let at = cpu.linear_address(insn);
+    let at = cpu.linear_address(insn, bytes.len() as u64, Access::Read)?;
     for (n, byte) in bytes.iter_mut().enumerate() {
         *byte = cpu.read(at.wrapping_add(n as u64)).map_err(|stop| segment_fault(insn, stop))?;
     }
@@ -206,6 +212,7 @@ fn read_all(cpu: &mut Cpu, insn: &Instruction, bytes: &mut [u8]) -> Result<(), S
 
 fn store_environment(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.require_x87()?;
+    require_selectors(cpu)?;
     let narrow = is_narrow(insn);
     let bytes = environment(&cpu.fpu.x87, narrow);
     write_all(cpu, insn, &bytes[..environment_size(narrow)])?;
@@ -220,6 +227,7 @@ fn mask_all(x87: &mut X87) {
 
 fn load_environment(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.begin_x87()?;
+    require_selectors(cpu)?;
     let narrow = is_narrow(insn);
     let mut bytes = [0; 28];
     read_all(cpu, insn, &mut bytes[..environment_size(narrow)])?;
@@ -229,6 +237,7 @@ fn load_environment(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 
 fn save(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.require_x87()?;
+    require_selectors(cpu)?;
     let narrow = is_narrow(insn);
     let size = environment_size(narrow);
     let mut bytes = [0; 108];
@@ -246,6 +255,7 @@ fn save(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 
 fn restore(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.begin_x87()?;
+    require_selectors(cpu)?;
     let narrow = is_narrow(insn);
     let size = environment_size(narrow);
     let mut bytes = [0; 108];

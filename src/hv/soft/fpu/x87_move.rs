@@ -9,6 +9,7 @@ use crate::hv::soft::cpu::Cpu;
 use crate::hv::soft::exec::Executor;
 use crate::hv::soft::fault::Flow;
 use crate::hv::soft::fault::Stop;
+use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::segment_fault;
 
 use super::extended::Extended;
@@ -79,7 +80,7 @@ pub(super) fn executor(insn: &Instruction) -> Option<Executor> {
 
 /// Reads 80 bits.
 fn read_extended(cpu: &mut Cpu, insn: &Instruction) -> Result<Extended, Stop> {
-    let at = cpu.linear_address(insn);
+    let at = cpu.linear_address(insn, 10, Access::Read)?;
     let fault = |stop| segment_fault(insn, stop);
     let sig = cpu.read(at).map_err(fault)?;
     let se = cpu.read(at.wrapping_add(8)).map_err(fault)?;
@@ -87,7 +88,7 @@ fn read_extended(cpu: &mut Cpu, insn: &Instruction) -> Result<Extended, Stop> {
 }
 
 fn write_extended(cpu: &mut Cpu, insn: &Instruction, value: Extended) -> Result<(), Stop> {
-    let at = cpu.linear_address(insn);
+    let at = cpu.linear_address(insn, 10, Access::Write)?;
     let fault = |stop| segment_fault(insn, stop);
     cpu.probe_write(at, 10).map_err(fault)?;
     cpu.write(at, value.sig).map_err(fault)?;
@@ -181,7 +182,8 @@ fn store_memory<T>(
         }
     } else {
         // It is not written, but must be writable.
-        let (at, len) = (cpu.linear_address(insn), insn.memory_size().size() as u64);
+        let len = insn.memory_size().size() as u64;
+        let at = cpu.linear_address(insn, len, Access::Write)?;
         cpu.probe_write(at, len).map_err(|stop| segment_fault(insn, stop))?;
     }
     cpu.fpu.x87 = after;

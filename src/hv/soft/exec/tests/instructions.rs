@@ -264,7 +264,7 @@ fn what_cpuid_does_not_show_has_no_executor() {
         ("clwb", &[0x66, 0x0f, 0xae, 0x33]),
         ("rdpid", &[0xf3, 0x0f, 0xc7, 0xf8]),
     ] {
-        let known = decode(bytes, 0).ok().and_then(|insn| general(&insn).or_else(|| system(&insn)));
+        let known = decode(64, bytes, 0).ok().and_then(|insn| general(&insn).or_else(|| system(&insn)));
         assert!(known.is_none(), "{name}");
     }
 }

@@ -3,6 +3,7 @@
 
 mod events;
 mod instructions;
+mod modes;
 mod paging;
 mod strings;
 mod system;
@@ -108,6 +109,7 @@ impl Machine {
 
     fn registers(&mut self) {
         let cpu = &mut self.cpu;
+        cpu.regs[slot::RDX] = 0;
         cpu.control.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::ET | cr0::NE;
         cpu.control.cr3 = PML4;
         cpu.control.cr4 = cr4::PAE | cr4::PGE;

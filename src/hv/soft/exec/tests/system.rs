@@ -5,9 +5,11 @@ use iced_x86::code_asm::*;
 
 use crate::hv::HvError;
 use crate::hv::soft::cpu::slot::{FS_BASE, GS_BASE, R11, RAX, RBX, RCX, RDX, RSP};
-use crate::hv::soft::cpu::{cr0, seg};
+use crate::hv::soft::cpu::{cr0, efer, seg};
 use crate::hv::soft::fault::{Exception, Flow};
 use crate::hv::soft::flags;
+use crate::hv::state::VcpuState;
+use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events};
 
 use super::{CODE, DATA, GDT, KERNEL_CS, KERNEL_SS, Machine, STACK, TSS, TSS_SELECTOR, USER_CS, USER_SS, machine};
 
@@ -276,18 +278,80 @@ fn state_survives_saving_and_restoring() {
 }
 
 #[test]
+fn sdm_table_10_1_reset_leaves_the_signature_in_edx() {
+    let mut m = machine();
+    m.cpu.regs[RAX] = 1;
+    m.run(|a| a.cpuid()).unwrap();
+    let signature = m.cpu.regs[RAX];
+    m.cpu.init();
+    assert_eq!((m.cpu.regs[RDX], m.cpu.regs[RAX], m.cpu.control.cr0), (signature, 0, cr0::ET));
+}
+
+#[test]
+fn states_of_every_mode_are_accepted() {
+    let good = machine().cpu.save();
+    let accepted: [&dyn Fn(&mut VcpuState); 10] = [
+        &|s| (s.cr0, s.cr4, s.msrs.efer) = (0x10, 0, 0),
+        &|s| (s.cr0, s.cr4, s.msrs.efer) = (0x6000_0010, 0, efer::LME),
+        // Protected mode before its first far jump, with the segments of real mode.
+        &|s| (s.cr0, s.msrs.efer, s.segments[seg::CS].attributes) = (0x11, 0, 0x93),
+        &|s| (s.cr4, s.msrs.efer) = (0, 0),
+        &|s| s.msrs.efer = 0,
+        &|s| s.segments[seg::CS].attributes = 0xc09b,
+        &|s| s.segments[seg::CS].attributes = 0x9b,
+        &|s| s.activity = Activity::WaitsForInit,
+        &|s| (s.activity, s.events.start_up) = (Activity::WaitsForStartUp, Some(0x9a)),
+        &|s| (s.events.nmi_pending, s.events.nmi_masked) = (true, true),
+    ];
+    for (n, change) in accepted.into_iter().enumerate() {
+        let mut state = good.clone();
+        change(&mut state);
+        let mut m = machine();
+        m.cpu.restore(&state).unwrap_or_else(|error| panic!("number {n}: {error}"));
+        let expected = VcpuState { activity: Activity::Running, events: Events::default(), ..state.clone() };
+        let mut saved = m.cpu.save();
+        assert_eq!(saved.events.nmi_masked, state.events.nmi_masked);
+        saved.events.nmi_masked = false;
+        assert_eq!(saved, expected, "number {n}");
+    }
+}
+
+#[test]
 fn states_no_processor_can_be_in_are_refused() {
     let mut m = machine();
     let good = m.cpu.save();
     let before = m.cpu.rip;
-    let broken: [fn(&mut crate::hv::state::VcpuState); 7] = [
-        |s| s.cr0 &= !cr0::PG,
-        |s| s.cr4 |= 1 << 18,
-        |s| s.msrs.efer = 0,
-        |s| s.rip = 1 << 47,
-        |s| s.msrs.pat = 3,
-        |s| s.segments[seg::CS].attributes = 0xc09b,
-        |s| s.cr8 = 16,
+    let deliver = |source, vector, error| Some(Delivery { vector, error, source });
+    let broken: [&dyn Fn(&mut VcpuState); 26] = [
+        &|s| s.cr0 &= !cr0::PG,
+        &|s| s.cr0 &= !cr0::PE,
+        &|s| s.cr0 = 0x2000_0010,
+        &|s| s.cr4 |= 1 << 18,
+        &|s| s.cr4 = 0,
+        &|s| s.msrs.efer = efer::LMA,
+        &|s| s.msrs.efer = efer::LME,
+        &|s| s.rip = 1 << 47,
+        &|s| s.msrs.pat = 3,
+        &|s| s.segments[seg::CS].attributes = 0xe09b,
+        &|s| s.segments[seg::CS].attributes = 0x209b & !0x80,
+        &|s| s.segments[seg::CS].attributes = 0xa093,
+        &|s| (s.rip, s.segments[seg::CS].attributes) = (1 << 32, 0xc09b),
+        &|s| (s.cr0, s.msrs.efer, s.segments[seg::SS].attributes) = (0x10, 0, 0x93 | 3 << 5),
+        &|s| (s.cr0, s.msrs.efer, s.segments[seg::CS].attributes) = (0x10, 0, 0x97),
+        &|s| s.rflags |= flags::VM,
+        &|s| s.cr8 = 16,
+        &|s| s.events.start_up = Some(1),
+        &|s| (s.activity, s.events.start_up) = (Activity::WaitsForInit, Some(1)),
+        &|s| {
+            (s.activity, s.events.delivering) =
+                (Activity::WaitsForStartUp, deliver(DeliverySource::External, 0x40, None))
+        },
+        &|s| s.events.delivering = deliver(DeliverySource::External, 0x40, Some(0)),
+        &|s| s.events.delivering = deliver(DeliverySource::Nmi, 3, None),
+        &|s| s.events.delivering = deliver(DeliverySource::Exception, 2, None),
+        &|s| s.events.delivering = deliver(DeliverySource::Exception, 32, None),
+        &|s| s.events.delivering = deliver(DeliverySource::Exception, 13, None),
+        &|s| s.events.delivering = deliver(DeliverySource::Exception, 6, Some(0)),
     ];
     for (n, breaks) in broken.into_iter().enumerate() {
         let mut state = good.clone();
