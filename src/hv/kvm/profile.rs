@@ -8,6 +8,7 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use sha2::{Digest as _, Sha256};
 
+use super::clock::Rate;
 use super::engine::Profile;
 use super::failed;
 use crate::hv::HvError;
@@ -82,7 +83,7 @@ const MSRS: [&[u32]; 3] = [
 pub(super) struct Shown {
     kind: Profile,
     name: String,
-    tsc_khz: u32,
+    rate: Rate,
     /// What the host offers, for [`Profile::Host`].
     offered: Vec<kvm_cpuid_entry2>,
 }
@@ -90,9 +91,9 @@ pub(super) struct Shown {
 impl Shown {
     /// # Errors
     /// [`HvError::Missing`] with all that the host lacks of the baseline.
-    pub(super) fn new(kvm: &Kvm, kind: Profile, tsc_khz: u32) -> Result<Self, HvError> {
+    pub(super) fn new(kvm: &Kvm, kind: Profile, rate: Rate) -> Result<Self, HvError> {
         let offered = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut shown = Self { kind, name: String::new(), tsc_khz, offered: offered.as_slice().to_vec() };
+        let mut shown = Self { kind, name: String::new(), rate, offered: offered.as_slice().to_vec() };
         let what = shown.missing();
         if kind == Profile::Baseline && !what.is_empty() {
             return Err(HvError::Missing { what });
@@ -110,7 +111,7 @@ impl Shown {
     }
 
     pub(super) fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
+        self.rate.guest_khz
     }
 
     /// What vCPU `id` of `vcpus` shows.
@@ -147,7 +148,7 @@ impl Shown {
 
     fn context(&self, id: u8, vcpus: u8) -> Context {
         // KVM itself follows the local APIC's enable bit and CR4.OSXSAVE.
-        Context { apic_id: id.into(), vcpus: vcpus.into(), apic_enabled: true, cr4: 0, tsc_khz: self.tsc_khz }
+        Context { apic_id: id.into(), vcpus: vcpus.into(), apic_enabled: true, cr4: 0, tsc_khz: self.tsc_khz() }
     }
 
     fn entries(&self, of: Context) -> Vec<kvm_cpuid_entry2> {
@@ -212,9 +213,10 @@ impl Shown {
 
     /// The name says everything that a guest may rely on; the clock's frequency to the MHz, as of two crystals.
     fn named(&self) -> String {
-        let own_clock = format!("@{}MHz", (self.tsc_khz.saturating_add(500)) / 1_000);
+        let fixed = if self.rate.steered { "" } else { "-fixed" };
+        let own_clock = format!("@{}MHz{fixed}", (self.tsc_khz().saturating_add(500)) / 1_000);
         if self.kind == Profile::Baseline {
-            let clock = if self.tsc_khz == TSC_KHZ { "" } else { own_clock.as_str() };
+            let clock = if self.tsc_khz() == TSC_KHZ && self.rate.steered { "" } else { own_clock.as_str() };
             return format!("{PROFILE}{clock}");
         }
         let mut digest = Sha256::new();
