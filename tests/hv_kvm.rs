@@ -561,8 +561,21 @@ fn every_class_of_registers_comes_back_as_it_was_given() {
     assert!((1_000_000_000..=3_000_000_000).contains(&left), "{left}");
     assert_eq!(guest.ram.load::<u64>(0x7100), Some(0x7777_7777_7777_7777), "the wall clock is not written again");
 
-    // Under stopped time nothing moves at all.
+    // Under stopped time nothing moves at all, whatever was there before: a timer of another mode, or the other form of
+    // the local APIC.
     guest.vm.stop_time();
+    let mut other = bare::initial_state();
+    other.lapic = Lapic {
+        apic_base: 0xfee0_0d00,
+        svr: 0x1ff,
+        icr: 0x0000_0001_0000_00fd,
+        lvt: [2 << 17 | 0x60, 1 << 16, 1 << 16, 1 << 16, 1 << 16, 1 << 16],
+        tsc_deadline: 5_000_000,
+        ..other.lapic
+    };
+    guest.vcpu.restore(&other).unwrap();
+    let got = guest.vcpu.save().unwrap();
+    assert_eq!((timeless(&got), got.msrs.tsc), (timeless(&other), 0));
     guest.vcpu.restore(&given).unwrap();
     thread::sleep(Duration::from_millis(5));
     assert_eq!(guest.vcpu.save().unwrap(), given);
@@ -607,6 +620,9 @@ fn what_a_processor_waits_for_and_what_is_under_way_come_back() {
     assert_eq!(guest.vcpu.save().unwrap(), before);
 }
 
+/// What makes a state impossible.
+type Change = fn(&mut VcpuState);
+
 #[test]
 fn a_state_that_cannot_be_is_refused_and_the_old_one_stands() {
     let Some(kvm) = engine("a_state_that_cannot_be_is_refused_and_the_old_one_stands") else { return };
@@ -614,9 +630,10 @@ fn a_state_that_cannot_be_is_refused_and_the_old_one_stands() {
     guest.vm.stop_time();
     let given = rich_state();
     guest.vcpu.restore(&given).unwrap();
-    let wrong: [(&str, fn(&mut VcpuState)); 16] = [
+    let wrong: [(&str, Change); 17] = [
         ("RFLAGS", |s| s.rflags = 0),
         ("RFLAGS", |s| s.rflags |= 1 << 40),
+        ("RFLAGS.VM", |s| s.rflags |= 1 << 17),
         ("CR0", |s| s.cr0 = 1 << 31),
         ("CR4", |s| s.cr4 |= 1 << 40),
         ("CR8", |s| s.cr8 = 16),

@@ -24,6 +24,8 @@ const IA32_TSC: u32 = 0x10;
 #[derive(Clone, Copy, Debug)]
 struct Still {
     tsc: u64,
+    /// The host's counter when it began.
+    since: u64,
     kvmclock_ns: u64,
 }
 
@@ -79,7 +81,8 @@ impl Clock {
         if state.still.is_some() {
             return false;
         }
-        state.still = Some(Still { tsc: self.at(&state, tsc::host()), kvmclock_ns });
+        let since = tsc::host();
+        state.still = Some(Still { tsc: self.at(&state, since), since, kvmclock_ns });
         true
     }
 
@@ -87,7 +90,11 @@ impl Clock {
     pub(super) fn start(&self) -> Option<u64> {
         let mut state = self.lock();
         let still = state.still.take()?;
-        (state.host, state.guest, state.offset) = (tsc::host(), still.tsc, None);
+        let host = tsc::host();
+        // What an offset was measured with stays in it: no counter goes back by asking anew.
+        let passed = self.scale(host.saturating_sub(still.since));
+        let offset = state.offset.map(|offset| offset.wrapping_sub(passed));
+        (state.host, state.guest, state.offset) = (host, still.tsc, offset);
         Some(still.kvmclock_ns)
     }
 
@@ -95,9 +102,10 @@ impl Clock {
     pub(super) fn set(&self, tsc: u64) -> Option<u64> {
         let kvmclock_ns = self.ns(tsc);
         let mut state = self.lock();
-        (state.host, state.guest, state.offset) = (tsc::host(), tsc, None);
+        let host = tsc::host();
+        (state.host, state.guest, state.offset) = (host, tsc, None);
         let Some(still) = &mut state.still else { return Some(kvmclock_ns) };
-        *still = Still { tsc, kvmclock_ns };
+        *still = Still { tsc, since: host, kvmclock_ns };
         None
     }
 

@@ -21,7 +21,7 @@ const EDX: usize = 3;
 
 /// What of the baseline a host may lack: leaf, register, bit and name. Not here: what KVM makes without the processor's
 /// help, and hints.
-const NEEDED: [(u32, usize, u32, &str); 21] = [
+const NEEDED: [(u32, usize, u32, &str); 22] = [
     (1, ECX, 13, "CMPXCHG16B"),
     (1, ECX, 21, "x2APIC"),
     (1, EDX, 0, "x87"),
@@ -43,6 +43,7 @@ const NEEDED: [(u32, usize, u32, &str); 21] = [
     (0x8000_0001, EDX, 20, "no-execute pages"),
     (0x8000_0001, EDX, 26, "1 GiB pages"),
     (0x8000_0001, EDX, 27, "RDTSCP"),
+    (0x8000_0007, EDX, 8, "an invariant time stamp counter"),
 ];
 
 /// SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, AES, RDRAND.
@@ -55,6 +56,8 @@ const HOST_7_EBX: u32 = bits(&[0, 3, 6, 7, 8, 9, 10, 13, 18, 19, 20, 23, 24, 29]
 const HOST_7_ECX: u32 = bits(&[2, 8, 22, 27, 28]);
 /// FSRM, MD_CLEAR, SERIALIZE.
 const HOST_7_EDX: u32 = bits(&[4, 10, 14]);
+/// Fast zero-length MOVSB, fast short STOSB, fast short CMPSB and SCASB.
+const HOST_7_1_EAX: u32 = bits(&[10, 11, 12]);
 /// LAHF, LZCNT, SSE4A, misaligned SSE, PREFETCHW.
 const HOST_80000001_ECX: u32 = bits(&[0, 5, 6, 7, 8]);
 /// SYSCALL, NX, MMX extensions, 1 GiB pages, RDTSCP, long mode.
@@ -190,6 +193,7 @@ impl Shown {
                 [eax & !sharing | (shared - 1) << 14 | (threads.min(64) - 1) << 26, ebx, ecx, edx]
             }
             7 if subleaf == 0 => [baseline[0], ebx & HOST_7_EBX, ecx & HOST_7_ECX, edx & HOST_7_EDX],
+            7 => [eax & HOST_7_1_EAX, 0, 0, 0],
             2 | 4 | 0x8000_0002..=0x8000_0006 => own,
             0x8000_0001 => [eax, ebx, ecx & HOST_80000001_ECX, edx & HOST_80000001_EDX],
             0x8000_0008 => [eax & 0xffff, 0, 0, 0],

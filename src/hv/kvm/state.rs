@@ -13,7 +13,7 @@ use kvm_bindings::{
 use super::lapic::Page;
 use crate::hv::HvError;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events, Fpu, Msrs, Segment, Table};
+use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events, Fpu, Lapic, Msrs, Segment, Table};
 
 /// MSRs that are restored by writing them, in the order of [`msr_values`]; the time's are not among them.
 pub(super) const MSRS: [u32; 12] = [
@@ -48,6 +48,9 @@ impl Native {
     /// The neutral form, but for what time does to it.
     pub(super) fn to_neutral(&self, id: u8) -> VcpuState {
         let (r, s, d) = (&self.regs, &self.sregs, &self.debug);
+        let mut lapic = self.lapic.to_neutral(id.into(), s.apic_base);
+        let mut events = from_events(&self.events, self.mp.mp_state);
+        ask_again(&mut events, &mut lapic);
         VcpuState {
             gpr: [
                 r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14,
@@ -68,10 +71,10 @@ impl Native {
             idtr: Table { base: s.idt.base, limit: s.idt.limit },
             msrs: self.neutral_msrs(),
             fpu: from_xsave(&self.xsave),
-            lapic: self.lapic.to_neutral(id.into(), s.apic_base),
+            lapic,
             interrupt_shadow: self.events.interrupt.shadow != 0,
             activity: from_mp_state(self.mp.mp_state),
-            events: from_events(&self.events, self.mp.mp_state),
+            events,
         }
     }
 
@@ -189,6 +192,8 @@ fn validate(state: &VcpuState) -> Result<(), &'static str> {
     ];
     require(addresses.into_iter().all(is_canonical), "an address is not canonical")?;
     let segments = || state.segments.iter().chain([&state.ldtr, &state.tr]);
+    const VM: u64 = 1 << 17;
+    require(msrs.efer & LMA == 0 || state.rflags & VM == 0, "virtual 8086 mode in long mode")?;
     const EFER: u64 = 1 << 0 | LME | LMA | 1 << 11;
     require(msrs.efer & !EFER == 0, "EFER with bits this processor does not have")?;
     let long = [msrs.efer & LMA != 0, msrs.efer & LME != 0 && state.cr0 & PG != 0];
@@ -356,6 +361,18 @@ fn from_events(from: &kvm_vcpu_events, mp_state: u32) -> Events {
         nmi_masked: from.nmi.masked != 0,
         start_up: (mp_state == KVM_MP_STATE_SIPI_RECEIVED).then_some(from.sipi_vector as u8),
         delivering,
+    }
+}
+
+/// An interrupt that the local APIC has handed over and whose delivery has not begun is the same as one that it is about
+/// to hand over, which every engine knows.
+fn ask_again(events: &mut Events, lapic: &mut Lapic) {
+    let Some(Delivery { vector, source: DeliverySource::External, .. }) = events.delivering else { return };
+    let (word, bit) = (usize::from(vector / 32), 1 << (vector % 32));
+    if lapic.isr[word] & bit != 0 {
+        lapic.isr[word] &= !bit;
+        lapic.irr[word] |= bit;
+        events.delivering = None;
     }
 }
 
