@@ -51,10 +51,10 @@ impl Shared {
     ) -> Result<Self, HvError> {
         let clock = Clock::new(rate);
         let slots = (0..vcpus.get()).map(|_| OnceLock::new()).collect();
-        // Memory comes before the interrupt controllers: a slot that is added after them waits for readers of what they
-        // have replaced, for milliseconds. The same goes for the filter.
+        // In this order: what each of these replaces must be waited out by the next one, the filter patiently (fifteen
+        // milliseconds if it is not the first) and memory after the controllers too (six).
+        shown.filter_msrs(&vm)?;
         let guest = Arc::new(Guest::new(vm, ram)?);
-        shown.filter_msrs(guest.vm())?;
         add_controllers(guest.vm())?;
         let logging = Mutex::new(Logging::Off);
         Ok(Self { slots, guest, clock, shown, lines: Lines::default(), logging })
