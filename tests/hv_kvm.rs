@@ -137,15 +137,19 @@ impl Guest {
         Self { ram, vm, vcpu, io, kick }
     }
 
-    /// Runs, and is kicked from another thread after `after`.
+    /// Runs, and is kicked from another thread after `after` if it has not left by then.
     fn run_for(&mut self, after: Duration) -> Exit {
         let kick = Arc::clone(&self.kick);
+        let (left, leaves) = mpsc::channel::<()>();
         thread::scope(|scope| {
             scope.spawn(move || {
-                thread::sleep(after);
-                kick.kick();
+                if leaves.recv_timeout(after) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    kick.kick();
+                }
             });
-            self.vcpu.run().expect("a run")
+            let exit = self.vcpu.run().expect("a run");
+            drop(left);
+            exit
         })
     }
 }
@@ -783,7 +787,11 @@ fn a_second_vcpu_starts_by_init_and_a_start_up_message() {
         let kick = started.recv_timeout(LONG).unwrap();
         let late = Arc::clone(&guest.kick);
         let (done, over) = mpsc::channel::<()>();
-        let watchdog = scope.spawn(move || over.recv_timeout(LONG).is_err_and(|_| true).then(|| late.kick()));
+        let watchdog = scope.spawn(move || {
+            if over.recv_timeout(LONG).is_err() {
+                late.kick();
+            }
+        });
         assert_eq!(guest.vcpu.run().unwrap(), Exit::Kicked);
         let _ = done.send(());
         watchdog.join().unwrap();
@@ -895,6 +903,71 @@ fn an_armed_timer_keeps_what_it_had_left_over_a_pause() {
         let lapic = guest.vcpu.save().unwrap().lapic;
         assert_eq!((lapic.timer_left_ns, lapic.tsc_deadline), (None, 0));
     }
+}
+
+#[test]
+fn a_timer_that_expires_between_a_run_and_its_saving_is_not_lost() {
+    let Some(kvm) = engine("a_timer_that_expires_between_a_run_and_its_saving_is_not_lost") else { return };
+    let mut guest = halting(&kvm);
+    let mut state = guest.vcpu.save().unwrap();
+    state.lapic.lvt[0] = 0x60;
+    (state.lapic.timer_initial, state.lapic.timer_divide) = (100_000_000, 0b1011);
+    state.lapic.timer_left_ns = Some(100_000_000);
+    guest.vcpu.restore(&state).unwrap();
+    guest.run_for(Duration::from_millis(10));
+    thread::sleep(Duration::from_millis(150));
+    guest.vm.stop_time();
+    let saved = guest.vcpu.save().unwrap();
+    assert_eq!((guest.ram.load::<u64>(COUNTER), saved.lapic.timer_left_ns), (Some(0), Some(0)));
+    // Here, and in another machine.
+    let mut twin = Guest::on(&kvm, Arc::clone(&guest.ram), 1, &saved);
+    guest.vm.start_time();
+    for (guest, count) in [(&mut guest, 1), (&mut twin, 2)] {
+        assert_eq!(guest.run_for(LONG), Exit::Kicked);
+        assert_eq!(guest.ram.load::<u64>(COUNTER), Some(count));
+        let left = guest.vcpu.save().unwrap().lapic.timer_left_ns;
+        assert_eq!(left, None, "it expires once");
+    }
+}
+
+#[test]
+fn a_guest_finds_its_processor_and_no_registers_that_are_not_saved() {
+    let Some(kvm) = engine("a_guest_finds_its_processor_and_no_registers_that_are_not_saved") else { return };
+    let code = raw(|a| {
+        a.mov(rsi, COUNTER + 0x100)?;
+        for (leaf, at) in [(0x4000_0000u32, 0), (1, 16), (0x15, 32), (0xb, 48)] {
+            a.mov(eax, leaf)?;
+            a.xor(ecx, ecx)?;
+            a.cpuid()?;
+            a.mov(dword_ptr(rsi + at), eax)?;
+            a.mov(dword_ptr(rsi + at + 4), ebx)?;
+            a.mov(dword_ptr(rsi + at + 8), ecx)?;
+            a.mov(dword_ptr(rsi + at + 12), edx)?;
+        }
+        // IA32_DEBUGCTL, which processors have and states do not.
+        a.mov(ecx, 0x1d9)?;
+        a.xor(eax, eax)?;
+        a.xor(edx, edx)?;
+        a.wrmsr()?;
+        a.hlt()
+    });
+    let ram = memory(&code);
+    add_handler(&ram);
+    let state = with_interrupts(&ram);
+    let mut guest = Guest::on(&kvm, ram, 1, &state);
+    assert_eq!(guest.run_for(LONG), Exit::Kicked);
+    let word = |leaf: u64, register: u64| guest.ram.load::<u32>(COUNTER + 0x100 + leaf * 16 + register * 4).unwrap();
+    let signature: Vec<u8> = (1..4).flat_map(|register| word(0, register).to_le_bytes()).collect();
+    assert_eq!(&signature, b"KVMKVMKVM\0\0\0");
+    let (identity, features) = (word(1, 1), word(1, 2));
+    assert_eq!((identity >> 24, features >> 31), (0, 1), "APIC id, and under a hypervisor");
+    // A KVM that works without the processor's help may show features of its own, whatever it was told.
+    assert!(features & (1 << 26 | 1 << 28) == 0 || is_fixed(&kvm), "XSAVE or AVX in {features:#x}");
+    let hz = u64::from(word(2, 2)) * u64::from(word(2, 1)) / u64::from(word(2, 0));
+    let told = guest.vm.time_stamp().unwrap().hz;
+    assert!(hz.abs_diff(told) <= 500_000, "{hz} {told}");
+    assert_eq!((word(3, 1), word(3, 3)), (1, 0));
+    assert_eq!(guest.ram.load::<u64>(COUNTER), Some(1), "a general protection fault");
 }
 
 #[test]

@@ -255,3 +255,96 @@ const fn bits(set: &[u32]) -> u32 {
     }
     all
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(kind: Profile, offered: u32, rate: Rate) -> Shown {
+        let entry = |(leaf, _)| kvm_cpuid_entry2 {
+            function: leaf,
+            eax: offered,
+            ebx: offered,
+            ecx: offered,
+            edx: offered,
+            ..Default::default()
+        };
+        let mut shown =
+            Shown { kind, name: String::new(), rate, offered: profile::leaves().map(entry).collect::<Vec<_>>() };
+        shown.name = shown.named();
+        shown
+    }
+
+    const SOFT: Rate = Rate { guest_khz: TSC_KHZ, host_khz: 3_000_000, steered: true };
+    const OWN: Rate = Rate { guest_khz: 2_999_700, host_khz: 2_999_700, steered: true };
+
+    #[test]
+    fn the_baseline_is_the_soft_engines_processor_to_the_bit() {
+        let shown = shown(Profile::Baseline, u32::MAX, SOFT);
+        assert_eq!((shown.name(), shown.missing()), ("soft-sse2-1", vec![]));
+        let table = shown.table(2, 3).unwrap();
+        let of = shown.context(2, 3);
+        assert!(table.as_slice().len() <= KVM_MAX_CPUID_ENTRIES);
+        for entry in table.as_slice() {
+            let registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            assert_eq!(registers, profile::cpuid(entry.function, entry.index, of), "{:#x}", entry.function);
+        }
+        for subleaf in 0..5 {
+            let of_leaf_4 = |entry: &&kvm_cpuid_entry2| entry.function == 4 && entry.index == subleaf;
+            assert_eq!(table.as_slice().iter().filter(of_leaf_4).count(), 1, "{subleaf}");
+        }
+    }
+
+    #[test]
+    fn another_clock_is_another_name() {
+        let name = |kind, rate| shown(kind, u32::MAX, rate).name;
+        assert_eq!(name(Profile::Baseline, OWN), "soft-sse2-1@3000MHz");
+        let fixed = Rate { steered: false, ..OWN };
+        assert_eq!(name(Profile::Baseline, fixed), "soft-sse2-1@3000MHz-fixed");
+        assert_ne!(name(Profile::Host, OWN), name(Profile::Host, fixed));
+        assert_eq!(name(Profile::Host, OWN), name(Profile::Host, Rate { guest_khz: 3_000_300, ..OWN }));
+        assert_ne!(shown(Profile::Host, u32::MAX, OWN).name, shown(Profile::Host, !(1 << 23), OWN).name);
+    }
+
+    #[test]
+    fn all_that_is_missing_is_named() {
+        let bare = shown(Profile::Baseline, 0, SOFT).missing();
+        assert_eq!(bare.len(), NEEDED.len());
+        assert_eq!(shown(Profile::Baseline, !(1 << 27), SOFT).missing(), ["RDTSCP"]);
+    }
+
+    #[test]
+    fn no_profile_shows_what_a_state_cannot_hold() {
+        for kind in [Profile::Baseline, Profile::Host] {
+            let shown = shown(kind, u32::MAX, OWN);
+            let of = |leaf: u32| {
+                let entries = shown.entries(shown.context(0, 1));
+                let entry = entries.into_iter().find(|entry| entry.function == leaf && entry.index == 0);
+                entry.map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx]).unwrap()
+            };
+            // MONITOR, VMX, FMA, XSAVE, OSXSAVE, AVX, F16C.
+            assert_eq!(of(1)[ECX] & bits(&[3, 5, 12, 26, 27, 28, 29]), 0);
+            // MCE, MTRR, MCA.
+            assert_eq!(of(1)[EDX] & bits(&[7, 12, 14]), 0);
+            // TSC_ADJUST, AVX2, AVX-512F; protection keys, shadow stacks, five levels of paging; speculation control.
+            assert_eq!(of(7)[1] & bits(&[1, 5, 16]), 0);
+            assert_eq!(of(7)[ECX] & bits(&[3, 4, 7, 16]), 0);
+            assert_eq!(of(7)[EDX] & bits(&[20, 26, 27, 31]), 0);
+            assert_eq!((of(0xa), of(0xd), of(0x14)), ([0; 4], [0; 4], [0; 4]));
+            // SVM; what 0x80000008 has beside address sizes.
+            assert_eq!(of(0x8000_0001)[ECX] & 1 << 2, 0);
+            assert_eq!(of(0x8000_0008)[1..], [0; 3]);
+            assert_eq!(of(0x4000_0001), [0x0100_000a, 0, 0, 0]);
+        }
+    }
+
+    #[test]
+    fn the_filter_allows_each_msr_of_the_list_and_no_other() {
+        for numbers in MSRS {
+            let (base, count, bitmap) = bitmap(numbers);
+            let allowed = |n: u32| bitmap[(n / 8) as usize] >> (n % 8) & 1 != 0;
+            let found: Vec<u32> = (0..count).filter(|n| allowed(*n)).map(|n| base + n).collect();
+            assert_eq!(found, numbers);
+        }
+    }
+}
