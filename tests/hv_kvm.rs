@@ -4,7 +4,7 @@
 use std::io::Write as _;
 use std::num::NonZeroU8;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Barrier, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -808,6 +808,103 @@ fn a_second_vcpu_starts_by_init_and_a_start_up_message() {
     // Both show the same time.
     guest.vm.stop_time();
     assert_eq!(guest.vcpu.save().unwrap().msrs.tsc, guest.vm.time_stamp().unwrap().ticks);
+}
+
+/// Goes on with two vCPUs for a while, and returns where they are then.
+fn go_on(engine: &dyn Hypervisor, ram: &Arc<GuestRam>, states: [VcpuState; 2], for_: Duration) -> [VcpuState; 2] {
+    let vcpus = NonZeroU8::new(2).expect("not zero");
+    let vm = engine.create_vm(&VmSpec { vcpus }, Arc::clone(ram)).expect("machine");
+    vm.stop_time();
+    let step = Barrier::new(3);
+    thread::scope(|scope| {
+        let (kicks, kickers) = mpsc::channel();
+        let threads = [0, 1].map(|id: u8| {
+            let (state, vm, step, kicks) = (&states[usize::from(id)], &*vm, &step, kicks.clone());
+            scope.spawn(move || {
+                let (mut vcpu, _, kick) = attach(vm, id);
+                vcpu.restore(state).expect("a valid state");
+                kicks.send(kick).unwrap();
+                step.wait();
+                step.wait();
+                assert_eq!(vcpu.run().expect("a run"), Exit::Kicked);
+                step.wait();
+                step.wait();
+                vcpu.save().expect("a state")
+            })
+        });
+        step.wait();
+        vm.start_time();
+        step.wait();
+        thread::sleep(for_);
+        kickers.iter().take(2).for_each(|kick: Arc<dyn Kick>| kick.kick());
+        step.wait();
+        vm.stop_time();
+        step.wait();
+        threads.map(|thread| thread.join().unwrap())
+    })
+}
+
+#[test]
+fn no_interrupt_between_vcpus_is_lost_on_the_way_through_saved_states() {
+    let Some(kvm) = engine("no_interrupt_between_vcpus_is_lost_on_the_way_through_saved_states") else { return };
+    const ROUNDS: u32 = 20_000;
+    const VECTOR: u64 = 0x70;
+    const QUIET_HANDLER: u64 = HANDLER + 0x800;
+    const DONE: u64 = COUNTER + 8;
+    // The first one sends an interrupt and waits until it has been counted, over and over; the second one counts.
+    let code = raw(|a| {
+        let (mut next, mut wait, mut end) = (a.create_label(), a.create_label(), a.create_label());
+        a.mov(rbx, LAPIC)?;
+        a.mov(rsi, COUNTER)?;
+        a.mov(ecx, ROUNDS)?;
+        a.set_label(&mut next)?;
+        a.mov(rax, qword_ptr(rsi))?;
+        a.mov(dword_ptr(rbx + 0x310), 1 << 24)?;
+        a.mov(dword_ptr(rbx + 0x300), 0x4000 + VECTOR as i32)?;
+        a.set_label(&mut wait)?;
+        a.cmp(qword_ptr(rsi), rax)?;
+        a.je(wait)?;
+        a.dec(ecx)?;
+        a.jne(next)?;
+        a.mov(byte_ptr(rsi + 8), 1)?;
+        a.set_label(&mut end)?;
+        a.hlt()?;
+        a.jmp(end)
+    });
+    let handler = || {
+        let mut a = CodeAssembler::new(64)?;
+        a.mov(rbx, COUNTER)?;
+        a.inc(qword_ptr(rbx))?;
+        a.mov(rbx, LAPIC + 0xb0)?;
+        a.mov(dword_ptr(rbx), 0)?;
+        a.iretq()?;
+        a.assemble(QUIET_HANDLER)
+    };
+    let ram = memory(&code);
+    let first = with_interrupts(&ram);
+    for (at, byte) in (QUIET_HANDLER..).zip(handler().expect("the handler assembles")) {
+        ram.store(at, byte).unwrap();
+    }
+    ram.store(IDT + VECTOR * 16, QUIET_HANDLER as u16).unwrap();
+    // sti; hlt; jmp $-1
+    for (at, byte) in (CODE + 0x2000..).zip([0xfbu8, 0xf4, 0xeb, 0xfd]) {
+        ram.store(at, byte).unwrap();
+    }
+    let mut second = VcpuState { rip: CODE + 0x2000, ..first.clone() };
+    (second.lapic.id, second.lapic.apic_base) = (1, 0xfee0_0800);
+    second.gpr[4] -= 0x1000;
+    let mut states = [first, second];
+    let (mut machines, mut idle) = (0, 0);
+    while ram.load::<u8>(DONE) == Some(0) {
+        let before = ram.load::<u64>(COUNTER);
+        states = go_on(&kvm, &ram, states, Duration::from_millis(10));
+        machines += 1;
+        // A busy host may run neither of them for a while; but not each time.
+        idle = if ram.load::<u64>(COUNTER) == before { idle + 1 } else { 0 };
+        assert!(idle < 100, "stuck at {before:?} after {machines} machines");
+    }
+    assert_eq!(ram.load::<u64>(COUNTER), Some(ROUNDS.into()));
+    assert!(machines > 1, "all in one go proves nothing");
 }
 
 #[test]
