@@ -1161,6 +1161,64 @@ async fn machine(kvm: &Kvm, state: &MachineState, ram: GuestRam) -> Machine {
     machine
 }
 
+/// The GiB of devices and interrupt controllers by 2 MiB pages, as not every host has larger ones.
+fn map_devices(ram: &GuestRam) {
+    ram.store(0x2000 + 3 * 8, 0x6003u64).unwrap();
+    for n in 0..512u64 {
+        ram.store(0x6000 + n * 8, 0xc000_0000 | n << 21 | 0x83).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_guests_ring_reaches_its_device() {
+    let Some(kvm) = engine("a_guests_ring_reaches_its_device") else { return };
+    const DESCRIPTORS: u64 = 0x7000;
+    const AVAILABLE: u64 = 0x7100;
+    const USED: u64 = 0x7200;
+    const BUFFER: u64 = 0x7300;
+    // Makes a buffer available to the entropy device, rings, and waits for it: twice.
+    let code = bare_machine::program(|a| {
+        for round in 1..=2u32 {
+            let mut wait = a.create_label();
+            bare_machine::await_flag(a)?;
+            a.mov(qword_ptr(bare_machine::FLAG), 0)?;
+            a.mov(word_ptr(AVAILABLE + 2), round)?;
+            a.mov(rbx, 0xd000_1050u64)?;
+            a.mov(dword_ptr(rbx), 0)?;
+            a.set_label(&mut wait)?;
+            a.cmp(word_ptr(USED + 2), round)?;
+            a.jne(wait)?;
+            bare_machine::say(a, b'0' + round as u8)?;
+        }
+        Ok(())
+    });
+    let (mut state, ram) = bare_machine::fresh(&code);
+    map_devices(&ram);
+    state.cpu_profile = kvm.cpu_profile().to_owned();
+    // Acknowledged, driver, features agreed, ready; a queue of eight.
+    let entropy = &mut state.virtio[1];
+    (entropy.status, entropy.active, entropy.accepted) = (15, true, 1 << 32);
+    let queue = &mut entropy.queues[0];
+    (queue.size, queue.ready) = (8, true);
+    (queue.descriptors, queue.driver, queue.device) = (DESCRIPTORS, AVAILABLE, USED);
+    // 32 bytes for the device to write.
+    ram.store(DESCRIPTORS, BUFFER).unwrap();
+    ram.store(DESCRIPTORS + 8, 32u64 | 2 << 32).unwrap();
+    let mut machine = machine(&kvm, &state, ram).await;
+    bare_machine::set_flag(&machine);
+    bare_machine::heard(&machine, "1").await;
+    let first = [0, 8, 16, 24].map(|at| machine.memory().load::<u64>(BUFFER + at).unwrap());
+    assert_ne!(first, [0; 4]);
+    // A pause holds the device's thread; afterwards it hears the guest again.
+    machine.pause().await.unwrap();
+    machine.resume();
+    bare_machine::set_flag(&machine);
+    bare_machine::heard(&machine, "12").await;
+    assert_ne!([0, 8, 16, 24].map(|at| machine.memory().load::<u64>(BUFFER + at).unwrap()), first);
+    machine.stop();
+    machine.ended().await;
+}
+
 #[tokio::test]
 async fn a_whole_machine_pauses_and_goes_on_in_another() {
     let Some(kvm) = engine("a_whole_machine_pauses_and_goes_on_in_another") else { return };
@@ -1177,11 +1235,7 @@ async fn a_whole_machine_pauses_and_goes_on_in_another() {
     assert_eq!(refused.is_ok(), state.cpu_profile == kvm.cpu_profile());
     drop(refused);
     state.cpu_profile = kvm.cpu_profile().to_owned();
-    // The devices are behind the GiB of interrupt controllers.
-    ram.store(0x2000 + 3 * 8, 0x6003u64).unwrap();
-    for n in 0..512u64 {
-        ram.store(0x6000 + n * 8, 0xc000_0000 | n << 21 | 0x83).unwrap();
-    }
+    map_devices(&ram);
     let mut first = machine(&kvm, &state, ram).await;
     bare_machine::heard(&first, "a").await;
     for _ in 0..20 {
