@@ -9,12 +9,16 @@
 //! Engines never look up: they know RAM and an [`IoHandler`], not devices. Port and MMIO accesses are
 //! served in place through the handler, so [`Exit`] carries only what ends a run.
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+mod profile;
 pub mod soft;
 pub mod state;
 
 use std::fmt::Debug;
 use std::io;
 use std::num::NonZeroU8;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::mem::GuestRam;
@@ -51,6 +55,18 @@ pub enum HvError {
         bytes: Vec<u8>,
         /// What about it is missing.
         what: &'static str,
+    },
+    /// The host's hypervisor or processor lacks what the engine needs.
+    #[error("this host lacks {}", .what.join(", "))]
+    Missing {
+        /// All that is missing, by the names that manuals use.
+        what: Vec<&'static str>,
+    },
+    /// The host's processor refused to enter the guest in the state that it is in.
+    #[error("the host's processor does not enter the guest's state: {reason:#x}")]
+    Entry {
+        /// The processor's own reason (Intel SDM volume 3C, appendix C; AMD APM volume 2, appendix C).
+        reason: u64,
     },
     /// A saved or initial state that no processor can be in.
     #[error("invalid processor state: {0}")]
@@ -111,6 +127,17 @@ pub trait HvVm: Debug + Send + Sync {
     /// # Errors
     /// [`HvError::Unsupported`] for a number the controller does not have.
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError>;
+
+    /// A file that becomes readable when a vCPU writes at `addr`, which is memory without RAM; from then on no
+    /// [`IoHandler`] sees the write, and the vCPU does not wait for anybody. Reading takes eight bytes, a count. For
+    /// registers of which only that they are written matters. Once an address. `None` by an engine that has no such
+    /// thing: the handler sees the writes then.
+    ///
+    /// # Errors
+    /// [`HvError`] when the host refuses.
+    fn doorbell(&self, _addr: GuestAddr) -> Result<Option<OwnedFd>, HvError> {
+        Ok(None)
+    }
 
     /// The state of the interrupt controllers, while no vCPU runs and no line changes.
     ///
