@@ -156,6 +156,11 @@ impl Lapic {
         self.publish_address();
     }
 
+    /// The APIC id, which is the vCPU's.
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
     /// Guest-physical address of the register page; `None` when it is off or in x2APIC form.
     #[inline]
     pub(crate) fn mmio_base(&self) -> Option<u64> {

@@ -98,7 +98,7 @@ fn mov_to(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         Register::CR0 => cpu.set_cr0(value),
         Register::CR2 => {
             cpu.control.cr2 = value;
-            Ok(Flow::Next)
+            Ok(Flow::Sync)
         }
         Register::CR3 => cpu.set_cr3(value),
         Register::CR4 => cpu.set_cr4(value),
@@ -154,7 +154,7 @@ pub(super) fn mov_dr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         DR7 => value & 0xffff_2bff | 0x400,
         _ => value,
     };
-    Ok(Flow::Next)
+    Ok(Flow::Sync)
 }
 
 pub(super) fn lmsw(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
@@ -196,7 +196,7 @@ pub(super) fn invlpg(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 /// WBINVD and INVD: there is no cache to write back.
 pub(super) fn wbinvd(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
     cpu.require_cpl0()?;
-    Ok(Flow::Next)
+    Ok(Flow::Sync)
 }
 
 /// No cache, but the access rights of a read.
@@ -279,8 +279,8 @@ pub(super) fn cpuid(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
     const APIC_BASE: u32 = 0x1b;
     const APIC_ENABLED: u64 = 1 << 11;
     let context = Context {
-        apic_id: 0,
-        vcpus: 1,
+        apic_id: cpu.lapic.id(),
+        vcpus: cpu.sharing.vcpus() as u32,
         apic_enabled: cpu.lapic.read_msr(APIC_BASE).is_some_and(|base| base & APIC_ENABLED != 0),
         cr4: cpu.control.cr4,
     };
@@ -290,5 +290,6 @@ pub(super) fn cpuid(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
     cpu.regs[slot::RBX] = ebx.into();
     cpu.regs[slot::RCX] = ecx.into();
     cpu.regs[slot::RDX] = edx.into();
-    Ok(Flow::Next)
+    // Serialising: what another vCPU has written over the instructions that follow is seen.
+    Ok(Flow::Sync)
 }
