@@ -465,7 +465,7 @@ fn accessed_and_dirty_bits_do_not_undo_another_vcpus_change_of_the_entry() {
 #[test]
 fn vcpus_that_are_stopped_anywhere_and_saved_go_on_elsewhere() {
     // Three add to one sum under a lock of theirs, and to another by LOCK; both are checked at the end.
-    const ROUNDS: u32 = 60_000;
+    const ROUNDS: u32 = 400_000;
     let programs: Vec<_> = (0..3)
         .map(|id| {
             program(id, |a| {
@@ -492,7 +492,7 @@ fn vcpus_that_are_stopped_anywhere_and_saved_go_on_elsewhere() {
     let mut moves = 0;
     loop {
         let running = smp.start();
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(5));
         running.kicks.iter().for_each(|kick| kick.kick());
         let states = running.finish();
         if smp.number(DATA + 0x3000) == 3 {
