@@ -162,6 +162,7 @@ fn boot(kernel: &Path) -> (f64, u64) {
     let engine = Soft::new();
     let config = MachineConfig {
         memory: Bytes::mib(128),
+        vcpus: std::num::NonZeroU8::MIN,
         kernel: File::open(kernel).expect("the kernel, from `cargo xtask kernel`"),
         initramfs: Vec::new(),
         disks: Vec::new(),

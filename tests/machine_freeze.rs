@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use bare_machine::copy;
 use bare_machine::program;
+use bare_machine::program_of;
 use bare_machine::resumed;
 use bare_machine::start;
+use bare_machine::start_with;
 use iced_x86::code_asm::{qword_ptr, r15, rdi};
 use kiln::hv::soft::Soft;
 use kiln::mem::GuestRam;
@@ -168,4 +170,60 @@ async fn a_freeze_that_is_cancelled_at_any_moment_leaves_the_machine_running() {
     }
     assert!(done < 200, "some are cancelled");
     check(&machine.freeze().await.expect("kept"));
+}
+
+/// A number that goes from one of two vCPUs to the other and back, by memory.
+fn ball() -> Vec<Vec<u8>> {
+    let (one, other) = (FIRST, LAST);
+    let throwing = program(|a| {
+        let (mut round, mut wait) = (a.create_label(), a.create_label());
+        a.set_label(&mut round)?;
+        a.inc(r15)?;
+        a.mov(qword_ptr(one), r15)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(qword_ptr(other), r15)?;
+        a.jb(wait)?;
+        a.jmp(round)
+    });
+    let catching = program_of(1, |a| {
+        let (mut round, mut wait) = (a.create_label(), a.create_label());
+        a.set_label(&mut round)?;
+        a.inc(r15)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(qword_ptr(one), r15)?;
+        a.jb(wait)?;
+        a.mov(qword_ptr(other), r15)?;
+        a.jmp(round)
+    });
+    vec![throwing, catching]
+}
+
+/// Checks that both processors and memory are of one instant; the round.
+fn check_ball(frozen: &Frozen) -> u64 {
+    let ram = frozen.map_memory().expect("mapped");
+    let [one, other] = [FIRST, LAST].map(|at| number(&ram, at));
+    assert!(one == other || one == other + 1, "{one} was thrown, {other} caught");
+    let rounds: Vec<u64> = frozen.state().vcpus.iter().map(|vcpu| vcpu.gpr[R15]).collect();
+    assert!(rounds[0] == one || rounds[0] == one + 1 && one == other, "{rounds:?} with {one} and {other} in memory");
+    assert!(rounds[1] == other || rounds[1] == other + 1, "{rounds:?} with {one} and {other} in memory");
+    one
+}
+
+#[tokio::test]
+async fn images_of_two_vcpus_are_of_one_instant() {
+    let mut machine = start_with(&ball()).await;
+    let mut before = 0;
+    for moment in random(4).take(30) {
+        go_on(&machine, moment % 20).await;
+        let frozen = machine.freeze().await.expect("kept");
+        let round = check_ball(&frozen);
+        assert!(round >= before, "round {round} after {before}");
+        before = round;
+        let mut clone = frozen.restore(&Soft::new(), &[]).await.expect("restored");
+        clone.resume();
+        go_on(&clone, 2).await;
+        check_ball(&clone.freeze().await.expect("kept"));
+    }
 }

@@ -11,30 +11,39 @@ use bare_machine::MEMORY;
 use bare_machine::await_flag;
 use bare_machine::copy;
 use bare_machine::enable_x2apic;
-use bare_machine::fresh;
+use bare_machine::fresh_with;
 use bare_machine::heard;
 use bare_machine::program;
+use bare_machine::program_of;
 use bare_machine::resumed;
 use bare_machine::say;
 use bare_machine::set_flag;
 use bare_machine::set_gate;
 use bare_machine::start;
+use bare_machine::start_with;
 use bare_machine::write_msr;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
 use kiln::hv::state::x86_64::Activity;
 use kiln::units::Bytes;
-use kiln::vmm::{GiveBackError, MachineEnd, MachineState, PauseError, SaveError};
+use kiln::vmm::{GiveBackError, MachineEnd, MachineState, PauseError, RestoreError, SaveError};
 
 const RBX: usize = 3;
 const R12: usize = 12;
 const R13: usize = 13;
 const DONE: u8 = b'!';
+const ROUNDS: u64 = 0x1_1000;
 
 /// A loop that counts, mixes, computes in x87 and SSE, and rewrites one of its own instructions each round.
 fn busy(rounds: u32) -> Vec<u8> {
-    program(|a| {
+    busy_of(0, rounds)
+}
+
+/// As [`busy`], for vCPU number `id`; the vCPUs count their rounds together at [`ROUNDS`].
+fn busy_of(id: usize, rounds: u32) -> Vec<u8> {
+    program_of(id, |a| {
         let (mut top, mut patched) = (a.create_label(), a.create_label());
         a.mov(r12d, rounds)?;
         a.mov(rbx, 0x9e37_79b9_7f4a_7c15u64)?;
@@ -62,7 +71,8 @@ fn busy(rounds: u32) -> Vec<u8> {
         a.add(ebp, 0x1111_1111)?;
         a.mov(r13d, ebp)?;
         a.push(rbx)?;
-        a.pop(qword_ptr(0x1_0000u64))?;
+        a.pop(qword_ptr(0x1_0000 + 8 * id as u64))?;
+        a.lock().inc(qword_ptr(ROUNDS))?;
         a.dec(r12d)?;
         a.jne(top)?;
         say(a, DONE)
@@ -81,13 +91,17 @@ fn vcpu(state: &MachineState) -> &VcpuState {
     &state.vcpus[0]
 }
 
+fn all_halted(state: &MachineState) -> bool {
+    state.vcpus.iter().all(|vcpu| vcpu.activity == Activity::Halted)
+}
+
 /// Lets the machine come to rest in its last halt, and takes its state.
 async fn at_the_end(machine: &mut kiln::vmm::Machine) -> MachineState {
     heard(machine, "!").await;
     loop {
         machine.pause().await.expect("pauses");
         let state = machine.save().await.expect("saves");
-        if vcpu(&state).activity == Activity::Halted {
+        if all_halted(&state) {
             return timeless(state);
         }
         machine.resume();
@@ -97,8 +111,17 @@ async fn at_the_end(machine: &mut kiln::vmm::Machine) -> MachineState {
 
 #[tokio::test]
 async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
-    let code = busy(200_000);
-    let mut undisturbed = start(&code).await;
+    goes_on_exactly(&[busy(200_000)]).await;
+}
+
+#[tokio::test]
+async fn so_does_one_with_several_vcpus() {
+    // Of different lengths, so that some have halted while others run.
+    goes_on_exactly(&[busy_of(0, 60_000), busy_of(1, 100_000), busy_of(2, 30_000)]).await;
+}
+
+async fn goes_on_exactly(programs: &[Vec<u8>]) {
+    let mut undisturbed = start_with(programs).await;
     let expected = at_the_end(&mut undisturbed).await;
     let memory = |machine: &kiln::vmm::Machine| {
         let mut bytes = vec![0; MEMORY.0 as usize];
@@ -107,7 +130,7 @@ async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
     };
     let expected_memory = memory(&undisturbed);
 
-    let (mut state, mut ram) = fresh(&code);
+    let (mut state, mut ram) = fresh_with(programs);
     let (mut saves, mut moved) = (0, 0);
     let machine = loop {
         let mut machine = resumed(&state, ram).await;
@@ -118,7 +141,7 @@ async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
         state = machine.save().await.expect("saves");
         saves += 1;
         moved += u32::from(vcpu(&state).gpr[RBX] != before);
-        if vcpu(&state).activity == Activity::Halted {
+        if all_halted(&state) {
             break machine;
         }
         assert_eq!(machine.save().await.expect("saves"), state, "nothing moves in a paused machine");
@@ -127,8 +150,113 @@ async fn a_guest_that_is_saved_at_random_points_goes_on_exactly() {
     assert_eq!(timeless(state), expected);
     assert!(memory(&machine) == expected_memory, "memory differs");
     assert!(moved > 3, "saved {saves} times, {moved} of them elsewhere");
-    assert_eq!((vcpu(&expected).gpr[R12], vcpu(&expected).gpr[R13] as u32), (0, vcpu(&expected).gpr[5] as u32));
+    for vcpu in &expected.vcpus {
+        assert_eq!((vcpu.gpr[R12], vcpu.gpr[R13] as u32), (0, vcpu.gpr[5] as u32));
+    }
     machine.stop();
+}
+
+#[tokio::test]
+async fn an_interrupt_from_one_vcpu_to_another_is_saved_with_the_machine() {
+    let sender = program(|a| {
+        enable_x2apic(a)?;
+        a.mov(ecx, 0x830)?;
+        a.mov(eax, 0x41)?;
+        a.mov(edx, 1)?;
+        a.wrmsr()?;
+        say(a, b's')
+    });
+    let receiver = program_of(1, |a| {
+        let (mut handler, mut main) = (a.create_label(), a.create_label());
+        a.jmp(main)?;
+        a.set_label(&mut handler)?;
+        say(a, b'i')?;
+        write_msr(a, 0x80b, 0)?;
+        a.iretq()?;
+        a.set_label(&mut main)?;
+        set_gate(a, 0x41, handler)?;
+        write_msr(a, 0x1b, 0xfee0_0c00)?;
+        write_msr(a, 0x80f, 0x1ff)?;
+        a.mov(qword_ptr(ROUNDS), 1)?;
+        await_flag(a)?;
+        a.sti()?;
+        a.nop()?;
+        a.cli()?;
+        say(a, DONE)
+    });
+    let (state, ram) = fresh_with(&[sender, receiver]);
+    let mut machine = kiln::vmm::Machine::restore(&Soft::new(), &state, ram, &[]).await.expect("a valid state");
+    // The receiver's controller must be on before anything is sent to it: the sender begins with a jump to itself.
+    let begin = machine.memory().load::<u16>(bare::CODE).expect("in memory");
+    vm_memory::Bytes::write_obj(machine.memory().memory(), 0xfeebu16, vm_memory::GuestAddress(bare::CODE))
+        .expect("there");
+    machine.resume();
+    while machine.memory().load::<u64>(ROUNDS) == Some(0) {
+        tokio::task::yield_now().await;
+    }
+    vm_memory::Bytes::write_obj(machine.memory().memory(), begin, vm_memory::GuestAddress(bare::CODE)).expect("there");
+    heard(&machine, "s").await;
+    machine.pause().await.expect("pauses");
+    let state = machine.save().await.expect("saves");
+    assert_eq!(state.vcpus[1].lapic.irr[2], 1 << 1, "vector 0x41 is requested");
+    let again = resumed(&state, copy(&machine)).await;
+    drop(machine);
+    set_flag(&again);
+    heard(&again, "i!").await;
+}
+
+#[tokio::test]
+async fn the_end_of_any_vcpu_is_the_machines() {
+    for wrong in [0, 1, 2] {
+        let programs: Vec<_> = (0..3)
+            .map(|id| {
+                program_of(id, |a| {
+                    if id == wrong {
+                        await_flag(a)?;
+                        // No gate leads anywhere.
+                        return a.ud2();
+                    }
+                    let mut top = a.create_label();
+                    a.set_label(&mut top)?;
+                    if id == 0 {
+                        a.hlt()?;
+                    }
+                    a.inc(rbx)?;
+                    a.jmp(top)
+                })
+            })
+            .collect();
+        let mut machine = start_with(&programs).await;
+        set_flag(&machine);
+        assert!(matches!(machine.ended().await, MachineEnd::Shutdown), "of vCPU {wrong}");
+        assert!(matches!(machine.pause().await, Err(PauseError::Ended)));
+    }
+}
+
+#[tokio::test]
+async fn states_that_no_machine_can_be_in_are_refused() {
+    let programs: Vec<_> = (0..2).map(|id| busy_of(id, u32::MAX)).collect();
+    let refused = |change: fn(&mut MachineState)| {
+        let (mut state, ram) = fresh_with(&programs);
+        change(&mut state);
+        async move { kiln::vmm::Machine::restore(&Soft::new(), &state, ram, &[]).await.expect_err("refused") }
+    };
+    assert!(matches!(refused(|state| state.vcpus.clear()).await, RestoreError::Vcpus { found: 0 }));
+    let many = refused(|state| {
+        let vcpu = |id| {
+            let mut vcpu = bare::initial_state();
+            vcpu.lapic.id = id;
+            vcpu
+        };
+        state.vcpus = (0..9).map(vcpu).collect();
+    });
+    assert!(matches!(many.await, RestoreError::Vcpus { found: 9 }));
+    let twice = refused(|state| state.vcpus[1].lapic.id = 0);
+    assert!(matches!(twice.await, RestoreError::ApicId { vcpu: 1, found: 0 }));
+    assert!(matches!(refused(|state| state.vcpus.swap(0, 1)).await, RestoreError::ApicId { vcpu: 0, found: 1 }));
+    // Whichever it is of the processors; the others end too.
+    assert!(matches!(refused(|state| state.vcpus[0].cr4 = 1 << 63).await, RestoreError::Vcpu(_)));
+    assert!(matches!(refused(|state| state.vcpus[1].cr4 = 1 << 63).await, RestoreError::Vcpu(_)));
 }
 
 /// Sets up vector 0x40 to say `t` and note the time stamp counter in R13; R12 has it from before.

@@ -15,6 +15,7 @@ async fn boot(initramfs: Vec<u8>) -> (Machine, MachineEnd) {
     let kernel = File::open(&kernel).unwrap_or_else(|e| panic!("{}: {e}; run `cargo xtask kernel`", kernel.display()));
     let config = MachineConfig {
         memory: Bytes::mib(128),
+        vcpus: std::num::NonZeroU8::MIN,
         kernel,
         initramfs,
         disks: Vec::new(),

@@ -223,6 +223,7 @@ fn machine(script: Script) -> (Machine, Arc<AtomicBool>) {
     file.write_all(&kernel()).unwrap();
     let config = MachineConfig {
         memory: Bytes::mib(8),
+        vcpus: std::num::NonZeroU8::MIN,
         kernel: file,
         initramfs: Vec::new(),
         disks: Vec::new(),
@@ -282,7 +283,7 @@ async fn a_missing_root_image_is_named() {
 #[tokio::test]
 async fn settings_that_cannot_be_are_refused() {
     let files = Files::new();
-    assert!(matches!(files.start(files.config(Script::Fail).vcpus(2)).await, StartError::Config(_)));
+    assert!(matches!(files.start(files.config(Script::Fail).vcpus(9)).await, StartError::Config(_)));
     assert!(matches!(files.start(files.config(Script::Fail).memory(Bytes(4097))).await, StartError::Machine(_)));
     assert!(matches!(files.start(files.config(Script::Fail).memory(Bytes::mib(1))).await, StartError::Machine(_)));
 }

@@ -1,5 +1,5 @@
-//! Guest RAM: the only owner of guest mappings, and three of the unsafe fences: the mapping itself, what the
-//! host's kernel is asked about its pages, and arrays that are shared as guests' memory is.
+//! Guest RAM: the only owner of guest mappings, and four of the unsafe fences: the mapping itself, the
+//! accesses to it, what the host's kernel is asked about its pages, and arrays that are shared as guests' memory is.
 //!
 //! RAM is one host mapping, anonymous or a private one of a saved guest's memory. Guest-physically it lies in at most two pieces: from 0 up to
 //! [`HOLE_START`], and what does not fit from [`HOLE_END`] on; the hole between them belongs to MMIO.
@@ -11,10 +11,12 @@
 //!
 //! Two kinds of user, two views. **Devices** go through [`GuestRam::memory`], a
 //! [`vm_memory::GuestMemory`], in guest-physical addresses; every write of theirs is noted in
-//! [`CodePages`] so that a processor that keeps decoded instructions learns of it. **The soft
+//! [`CodePages`] so that the processors that keep decoded instructions learn of it. **The soft
 //! processor** resolves an address once to a *RAM offset* and then uses [`GuestRam::load`] and
-//! [`GuestRam::store`], which cost one compare and one move.
+//! [`GuestRam::store`], which cost one compare and one move, and [`GuestRam::compare_exchange`] for all read-modify-writes.
 
+mod atomic;
+mod cell;
 mod code_pages;
 mod cow_array;
 mod extent;
@@ -25,11 +27,13 @@ mod ram;
 #[cfg_attr(not(all(target_os = "linux", target_arch = "x86_64")), path = "watch_none.rs")]
 mod watch;
 
-pub use code_pages::{CodePages, CodePagesSlice};
+pub use cell::TOTAL_STORE_ORDER;
+pub use code_pages::{CodePages, CodePagesSlice, CodeWatch, MAX_WATCHERS};
 pub(crate) use cow_array::{ArrayImage, CowArray};
 pub use extent::Extent;
 pub use freeze::{CopiedMemory, MemoryCopy};
 pub(crate) use freeze::{is_zero, write_data};
 pub use image::{MemoryId, MemoryImage};
+pub(crate) use page_set::AtomicPageSet;
 pub use page_set::PageSet;
 pub use ram::{GuestMemory, GuestRam, HOLE_END, HOLE_START, RamError, RamOffset, Scalar};

@@ -3,6 +3,9 @@
 //! A private mapping's page is the file's until the first write makes it a copy. Linux says in `/proc/self/pagemap`
 //! which pages are copies, range by range or, where it is older, page by page. Elsewhere, or where that is not allowed, nobody knows, and whoever asks must compare.
 
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
 use super::Extent;
 use crate::units::PAGE_SIZE;
 
@@ -44,8 +47,16 @@ impl PageSet {
         }
     }
 
+    /// Adds the page that holds RAM offset `offset`, if that is RAM.
+    pub(crate) fn insert(&mut self, offset: u64) {
+        let page = offset / PAGE_SIZE;
+        if let Some(word) = self.bits.get_mut((page / 64) as usize) {
+            *word |= 1 << (page % 64);
+        }
+    }
+
     /// Adds the pages of `others`.
-    pub(super) fn unite(&mut self, others: &Self) {
+    pub(crate) fn unite(&mut self, others: &Self) {
         self.bits.iter_mut().zip(&others.bits).for_each(|(word, other)| *word |= other);
     }
 
@@ -94,6 +105,65 @@ impl PageSet {
     #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
     pub(super) fn private(_address: u64, _len: u64) -> Option<Self> {
         None
+    }
+}
+
+/// A set of pages of RAM that several threads change.
+///
+/// A change is seen by others no later than what its thread does after it (Release), and what comes after a look is not
+/// done before it (Acquire). Where more is needed, callers put a fence.
+#[derive(Debug)]
+pub(crate) struct AtomicPageSet(Box<[AtomicU64]>);
+
+impl AtomicPageSet {
+    /// No page of the `len` bytes of RAM.
+    pub(crate) fn none(len: u64) -> Self {
+        Self((0..len.div_ceil(PAGE_SIZE).div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn place(&self, offset: u64) -> Option<(&AtomicU64, u64)> {
+        let page = offset / PAGE_SIZE;
+        Some((self.0.get((page / 64) as usize)?, 1 << (page % 64)))
+    }
+
+    /// Whether the page that holds RAM offset `offset` is in it.
+    #[inline]
+    pub(crate) fn contains(&self, offset: u64) -> bool {
+        self.place(offset).is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
+    }
+
+    /// Adds the page that holds RAM offset `offset`, if that is RAM.
+    #[inline]
+    pub(crate) fn insert(&self, offset: u64) {
+        if let Some((word, bit)) = self.place(offset)
+            && word.load(Ordering::Relaxed) & bit == 0
+        {
+            word.fetch_or(bit, Ordering::AcqRel);
+        }
+    }
+
+    /// Takes the page that holds RAM offset `offset` out.
+    pub(crate) fn remove(&self, offset: u64) {
+        if let Some((word, bit)) = self.place(offset) {
+            word.fetch_and(!bit, Ordering::AcqRel);
+        }
+    }
+
+    /// Takes all pages out, word by word, and gives each to `page`, by its RAM offset, ascending.
+    pub(crate) fn drain(&self, mut page: impl FnMut(u64)) {
+        for (index, word) in (0u64..).zip(&self.0) {
+            // Most words are empty, and a look is cheaper than a change.
+            let mut set = if word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) };
+            while set != 0 {
+                page((index * 64 + u64::from(set.trailing_zeros())) * PAGE_SIZE);
+                set &= set - 1;
+            }
+        }
+    }
+
+    /// The pages that are in it now.
+    pub(crate) fn snapshot(&self) -> PageSet {
+        PageSet { bits: self.0.iter().map(|word| word.load(Ordering::Acquire)).collect() }
     }
 }
 

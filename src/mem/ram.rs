@@ -1,9 +1,10 @@
-//! The mapping itself, and the processor's view of it.
+//! The mapping itself, and the processor's view of it: loads and stores here, read-modify-writes in `atomic`.
 #![allow(unsafe_code, reason = "unsafe fence: the one place that turns RAM offsets into host pointers")]
 
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Mutex;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vm_memory::bitmap::Bitmap as _;
@@ -14,6 +15,7 @@ use super::CodePages;
 use super::MemoryId;
 use super::MemoryImage;
 use super::PageSet;
+use super::cell::Cell;
 use crate::units::{Bytes, GuestAddr, PAGE_SIZE};
 
 /// Where the MMIO hole begins: RAM below this GPA is the low part.
@@ -72,7 +74,8 @@ pub trait Scalar: Copy + sealed::Sealed {
 }
 mod sealed {
     /// Types for which every bit pattern is a value and that have no padding.
-    pub trait Sealed {}
+    #[allow(private_bounds, reason = "how they lie in memory is this module's matter")]
+    pub trait Sealed: super::Cell {}
 }
 macro_rules! scalar {
     ($($t:ty),*) => { $(
@@ -91,11 +94,6 @@ macro_rules! scalar {
     )* };
 }
 scalar!(u8, u16, u32, u64, u128);
-
-/// `T` at any address: alignment 1, so that a volatile access to it needs no aligned pointer.
-#[repr(C, packed)]
-#[derive(Clone, Copy)]
-struct Unaligned<T>(T);
 
 #[derive(Debug)]
 struct Mapping {
@@ -120,7 +118,7 @@ fn checked_len(size: Bytes) -> Result<usize, RamError> {
     Ok(len)
 }
 
-// SAFETY: the mapping is plain memory that any thread may reach; all access goes through volatile
+// SAFETY: the mapping is plain memory that any thread may reach; all access goes through `Cell`s
 // or `vm-memory` operations, which permit concurrent change by design (the guest is concurrent).
 unsafe impl Send for Mapping {}
 // SAFETY: as for Send.
@@ -146,6 +144,7 @@ pub struct GuestRam {
     source: Option<MemoryImage>,
     /// Whether what nobody has written reads as zeros.
     zeroed: bool,
+    split_locks: Mutex<()>,
 }
 
 impl GuestRam {
@@ -287,7 +286,7 @@ impl GuestRam {
             regions.push(region(&mapping, HOLE_END, low, size.0 - low, &code_pages)?);
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| RamError::Map(size, io::Error::other(e)))?;
-        Ok(Self { memory, mapping, code_pages, low, source: None, zeroed: false })
+        Ok(Self { memory, mapping, code_pages, low, source: None, zeroed: false, split_locks: Mutex::new(()) })
     }
 
     /// The devices' view, in guest-physical addresses.
@@ -332,28 +331,46 @@ impl GuestRam {
 
     /// Reads a `T` at a RAM offset of any alignment; `None` when it does not lie in RAM whole.
     ///
-    /// The processor's view: one compare and one move. Other threads may write at the same time, and
-    /// the value is then some mixture, as on a real machine.
+    /// The processor's view: one compare and one move. Other threads may write at the same time. A value of up to 8 bytes
+    /// is one that was there at some moment, if it is aligned or at least stays in a cache line; any other is some
+    /// mixture, as on a real machine.
     #[inline(always)]
     #[must_use]
     pub fn load<T: Scalar>(&self, offset: RamOffset) -> Option<T> {
-        let at = self.place::<T>(offset)?;
-        // SAFETY:
-        // - valid for reads: `place` checked that the whole `T` lies in the mapping;
-        // - alignment: `Unaligned` has alignment 1;
-        // - initialised and valid: the mapping was zeroed, and every bit pattern of a `Scalar` is a value;
-        // - concurrent writes: volatile access to memory that Rust has no references into.
-        Some(unsafe { at.read_volatile() }.0)
+        if !self.has::<T>(offset) {
+            return None;
+        }
+        // SAFETY: the whole `T` lies in the mapping, as was just checked, which Rust has no references into.
+        Some(unsafe { T::load(self.mapping.base.as_ptr(), offset) })
     }
 
     /// Writes a `T` at a RAM offset of any alignment; `None`, with nothing written, when it does not
-    /// lie in RAM whole. The processor's view: not noted in [`CodePages`].
+    /// lie in RAM whole. The processor's view: not noted in [`CodePages`]. Seen by others as [`load`](Self::load) says, and
+    /// in the order of this thread's loads and stores where [`TOTAL_STORE_ORDER`](super::TOTAL_STORE_ORDER) holds.
     #[inline(always)]
     pub fn store<T: Scalar>(&self, offset: RamOffset, value: T) -> Option<()> {
-        let at = self.place::<T>(offset)?;
-        // SAFETY: as for `load`; a volatile write to memory that Rust has no references into.
-        unsafe { at.write_volatile(Unaligned(value)) };
+        if !self.has::<T>(offset) {
+            return None;
+        }
+        // SAFETY: as for `load`; the mapping is writable.
+        unsafe { T::store(self.mapping.base.as_ptr(), offset, value) };
         Some(())
+    }
+
+    /// Replaces `current` at an offset that is a multiple of the size, and returns what was there; `None` outside RAM, and
+    /// where the host has no such instruction.
+    #[inline(always)]
+    pub(super) fn exchange_aligned<T: Scalar>(&self, offset: RamOffset, current: T, new: T) -> Option<T> {
+        if !self.has::<T>(offset) || !offset.is_multiple_of(T::SIZE) {
+            return None;
+        }
+        // SAFETY: as for `store`; the mapping begins on a page boundary, so its offset's alignment is the place's.
+        unsafe { T::compare_exchange(self.mapping.base.as_ptr().add(offset as usize), current, new) }
+    }
+
+    /// Whose turn it is to change a value in two words.
+    pub(super) fn split_locks(&self) -> &Mutex<()> {
+        &self.split_locks
     }
 
     /// Copies `len` bytes from RAM offset `from` to `to`, which must not overlap; `None`, with nothing
@@ -409,13 +426,9 @@ impl GuestRam {
     }
 
     #[inline(always)]
-    fn place<T: Scalar>(&self, offset: RamOffset) -> Option<*mut Unaligned<T>> {
+    fn has<T: Scalar>(&self, offset: RamOffset) -> bool {
         // The mapping is at least a page, so the subtraction cannot wrap.
-        if offset > (self.mapping.len - size_of::<T>()) as u64 {
-            return None;
-        }
-        // SAFETY: offset + size_of::<T>() <= len was just checked, so the result stays in the mapping.
-        Some(unsafe { self.mapping.base.as_ptr().add(offset as usize) }.cast())
+        offset <= (self.mapping.len - size_of::<T>()) as u64
     }
 
     fn range(&self, offset: RamOffset, len: u64) -> Option<*mut u8> {
@@ -546,12 +559,13 @@ mod tests {
         let mapped = GuestRam::from_file(&file, 0, Bytes(4 * PAGE_SIZE)).unwrap();
         for (ram, began) in [(anonymous, 0), (mapped, b'f')] {
             ram.fill(0, b'w', 4 * PAGE_SIZE).unwrap();
-            ram.code_pages().watch(2 * PAGE_SIZE);
+            let watch = ram.code_pages().watch_of(0).unwrap();
+            watch.watch(2 * PAGE_SIZE);
             ram.give_back(PAGE_SIZE, Bytes(2 * PAGE_SIZE)).unwrap();
             let pages = [0, 1, 2, 3].map(|n| ram.load(n * PAGE_SIZE + 7));
             assert_eq!(pages, [b'w', began, began, b'w'].map(Some));
             let mut written = Vec::new();
-            ram.code_pages().take_written(|page| written.push(page));
+            watch.take_written(|page| written.push(page));
             assert_eq!(written, [2 * PAGE_SIZE], "what was decoded from it is stale");
             // Of no file is the page of zeros as well.
             if let Some(private) = ram.private_pages().filter(|_| began != 0) {
@@ -588,13 +602,14 @@ mod tests {
     #[test]
     fn device_writes_to_watched_pages_are_reported_once() {
         let ram = GuestRam::new(Bytes(4 * PAGE_SIZE)).unwrap();
-        ram.code_pages().watch(PAGE_SIZE);
+        let watch = ram.code_pages().watch_of(0).unwrap();
+        watch.watch(PAGE_SIZE);
         ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
-        assert!(!ram.code_pages().any_written());
+        assert!(!watch.any_written());
         ram.memory().write_slice(&[0; 4096], GuestAddress(PAGE_SIZE - 1)).unwrap();
         let mut seen = Vec::new();
-        ram.code_pages().take_written(|page| seen.push(page));
-        ram.code_pages().take_written(|page| seen.push(page));
+        watch.take_written(|page| seen.push(page));
+        watch.take_written(|page| seen.push(page));
         assert_eq!(seen, [PAGE_SIZE]);
     }
 }

@@ -102,7 +102,8 @@ impl VmConfig {
         self
     }
 
-    /// How many vCPUs. Only one, so far; any other number is an error at start.
+    /// How many vCPUs, 1 to 8; any other number is an error at start. A guest that is restored has as many as it was saved
+    /// with.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u8) -> Self {
         self.vcpus = vcpus;

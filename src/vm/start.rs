@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::io::Read;
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,6 +38,7 @@ use crate::vmm::MachineError;
 use crate::vmm::boot::BootError;
 use crate::vmm::boot::ElfError;
 use crate::vmm::boot::cpio;
+use crate::vmm::boot::layout::MAX_VCPUS;
 
 /// Largest agent taken into an initramfs; ours is a few MiB.
 const AGENT_MAX: u64 = 64 << 20;
@@ -93,6 +95,7 @@ fn machine(
     let agent = read_agent(&agent_path, &agent)?;
     let machine = MachineConfig {
         memory: config.memory,
+        vcpus: vcpus(config)?,
         kernel,
         initramfs: cpio::initramfs(&agent, &guest.to_json()),
         disks: template.disks.clone(),
@@ -105,6 +108,12 @@ fn machine(
         MachineError::Boot(BootError::Kernel(source)) => StartError::KernelNotElf { path: kernel_path, source },
         other => StartError::Machine(other),
     })
+}
+
+/// How many vCPUs the guest is to have.
+pub(super) fn vcpus(config: &VmConfig) -> Result<NonZeroU8, StartError> {
+    let vcpus = NonZeroU8::new(config.vcpus).filter(|vcpus| vcpus.get() <= MAX_VCPUS);
+    vcpus.ok_or(StartError::Config("a guest has one to eight vCPUs"))
 }
 
 /// The files one after another; a single one may have any length.

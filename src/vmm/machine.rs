@@ -19,6 +19,7 @@ use super::boot::BootSpec;
 use super::boot::RNG_SEED_LEN;
 use super::bus::Overlap;
 use super::console::Console;
+use super::crew::Crew;
 use super::devices::virtio::balloon::Balloon;
 use super::devices::virtio::balloon::BalloonControl;
 use super::devices::virtio::blk::Blk;
@@ -26,7 +27,6 @@ use super::devices::virtio::rng::Rng;
 use super::devices::virtio::vsock::Vsock;
 use super::devices::virtio::vsock::VsockConnector;
 use super::vcpu_thread::VcpuEnd;
-use super::vcpu_thread::VcpuThread;
 use crate::block::BlockBackend;
 use crate::hv::HvError;
 use crate::hv::HvVm;
@@ -35,13 +35,15 @@ use crate::hv::VmSpec;
 use crate::hv::state::VcpuState;
 use crate::mem::GuestRam;
 use crate::mem::RamError;
-use crate::units::{Bytes, VcpuId};
+use crate::units::Bytes;
 
 /// What to build.
 #[derive(Debug)]
 pub struct MachineConfig {
     /// Size of RAM.
     pub memory: Bytes,
+    /// How many vCPUs, up to [`MAX_VCPUS`](super::boot::layout::MAX_VCPUS). The first boots; the guest starts the others.
+    pub vcpus: NonZeroU8,
     /// The guest kernel, an ELF `vmlinux`.
     pub kernel: File,
     /// The initramfs.
@@ -103,7 +105,7 @@ pub enum MachineEnd {
 /// A running machine. Dropping it asks it to stop and does not wait.
 #[derive(Debug)]
 pub struct Machine {
-    pub(super) vcpu: VcpuThread,
+    pub(super) crew: Crew,
     console: Console,
     connector: VsockConnector,
     pub(super) balloon: BalloonControl,
@@ -117,7 +119,7 @@ pub struct Machine {
     pub(super) vm: Box<dyn HvVm>,
 }
 
-/// A machine whose processor has not met its thread.
+/// A machine whose vCPUs have not met their threads.
 pub(super) struct Parts {
     pub(super) vm: Box<dyn HvVm>,
     pub(super) board: Board,
@@ -149,37 +151,34 @@ impl Parts {
         Ok(Self { vm, board, cpu_profile: engine.cpu_profile().to_owned(), ram, console, host })
     }
 
-    /// Gives the processor its thread, on which it begins in `state`, at once or paused.
-    pub(super) fn run(self, state: VcpuState, paused: bool) -> Result<Machine, MachineError> {
+    /// Gives the vCPUs their threads, on which they begin in `states`, at once or paused.
+    pub(super) fn run(self, states: Vec<VcpuState>, paused: bool) -> Result<Machine, MachineError> {
         let Self { vm, board, cpu_profile, ram, console, host: HostEnds { connector, balloon } } = self;
-        let seed = vm.create_vcpu(VcpuId(0))?;
         let (ended, end) = watch::channel(None);
         let (seen, guest) = (console.clone(), connector.clone());
-        let io = Box::new(board.buses.clone());
-        let vcpu = VcpuThread::spawn(VcpuId(0), seed, io, state, paused, move |end| {
+        let crew = Crew::spawn(&*vm, &board.buses, states, paused, move |end| {
             guest.guest_gone();
             ended.send_replace(Some(machine_end(end, &seen)));
-        })
-        .map_err(|source| MachineError::Host { what: "thread", source })?;
-        Ok(Machine { vcpu, console, connector, balloon, board, ram, end, paused, cpu_profile, vm })
+        })?;
+        Ok(Machine { crew, console, connector, balloon, board, ram, end, paused, cpu_profile, vm })
     }
 }
 
 impl Machine {
-    /// Builds the machine on `engine` and starts its processor.
+    /// Builds the machine on `engine` and starts its first processor; the others wait to be called by the guest.
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left running then.
     pub fn start(engine: &dyn Hypervisor, mut config: MachineConfig) -> Result<Self, MachineError> {
-        let vcpus = NonZeroU8::MIN;
+        let vcpus = config.vcpus;
         let ram = Arc::new(GuestRam::new(config.memory)?);
         let mut rng_seed = [0; RNG_SEED_LEN];
         getrandom::fill(&mut rng_seed).map_err(|e| MachineError::Host { what: "entropy", source: e.into() })?;
         let (devices, host) = virtio_devices(&config.disks, &ram);
         let cmdline = command_line(&config, devices.len());
         let spec = BootSpec { cmdline: &cmdline, initramfs: &config.initramfs, vcpus, rng_seed };
-        let state = super::boot::load(&ram, &mut config.kernel, &spec)?;
-        Parts::build(engine, vcpus, ram, devices, host, false)?.run(state, false)
+        let states = super::boot::load(&ram, &mut config.kernel, &spec)?;
+        Parts::build(engine, vcpus, ram, devices, host, false)?.run(states, false)
     }
 
     /// The guest's memory.
@@ -202,7 +201,7 @@ impl Machine {
 
     /// Asks the machine to stop; [`Machine::ended`] tells when it has.
     pub fn stop(&self) {
-        self.vcpu.stop();
+        self.crew.stop();
     }
 
     /// Waits for the machine's end. The same answer each time.
@@ -223,7 +222,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.vcpu.stop();
+        self.crew.stop();
     }
 }
 

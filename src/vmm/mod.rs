@@ -8,6 +8,7 @@ mod board;
 pub mod boot;
 pub mod bus;
 pub mod console;
+mod crew;
 pub mod devices;
 mod freeze;
 mod machine;

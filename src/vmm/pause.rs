@@ -1,15 +1,16 @@
 //! Pausing a machine and letting it go on; its state, and a machine made from one.
 //!
 //! ```text
-//!   running --pause: devices quiet, then vCPU between two instructions, then time stands still--> paused
+//!   running --pause: devices quiet, then vCPUs between instructions, then time stands still--> paused
 //!      ^                                                                                           |  ^
-//!      +------------- resume: time, vCPU, devices -------------------------------------------------+  |
+//!      +------------- resume: time, vCPUs, devices -------------------------------------------------+  |
 //!                                            save: a MachineState, the machine stays as it is <----+  |
 //!                                            restore: a machine made from one ------------------------+
 //! ```
 //!
-//! Devices come first: an interrupt that one of them raises while it finishes is then in the vCPU's or the
-//! controller's state when those are taken. They are let go last: an interrupt needs the controllers' state in place.
+//! Devices come first: an interrupt that one of them raises while it finishes is then in a vCPU's or the
+//! controller's state when those are taken; so is one that a vCPU sends to another, since all have come to rest before any
+//! is saved. They are let go last: an interrupt needs the controllers' state in place.
 //!
 //! **Time.** The guest's clocks stand still from pause to resume and from save to restore: the time stamp counter and
 //! CLOCK_MONOTONIC go on from the same value, an armed timer keeps the time that it had left. The guest's time of day
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::Machine;
 use super::MachineEnd;
+use super::boot::layout::MAX_VCPUS;
 use super::machine::Parts;
 use super::machine::virtio_devices;
 use super::state::MACHINE_STATE_VERSION;
@@ -32,7 +34,6 @@ use super::vcpu_thread::Ended;
 use crate::block::BlockBackend;
 use crate::hv::Hypervisor;
 use crate::hv::TimeStamp;
-use crate::hv::state::VcpuState;
 use crate::mem::GuestRam;
 use crate::units::GuestTime;
 
@@ -44,7 +45,7 @@ const GUEST_TIME_CLOSE: Duration = Duration::from_micros(20);
 const GUEST_TIME_ATTEMPTS: u32 = 5;
 
 impl Machine {
-    /// Brings the machine to rest: its processor between two instructions, its devices between two requests, its time
+    /// Brings the machine to rest: its processors each between two instructions, its devices between two requests, its time
     /// standing still. Of no effect when it is paused already. A paused machine can be stopped.
     ///
     /// Streams into the guest stay open and move nothing.
@@ -123,13 +124,13 @@ impl Machine {
         if !self.paused {
             return Err(SaveError::NotPaused);
         }
-        let vcpu = self.vcpu.save().await.map_err(|Ended| SaveError::Ended)??;
+        let vcpus = self.crew.save().await.map_err(|Ended| SaveError::Ended)??;
         let (serial, virtio) = self.board.save();
         Ok(MachineState {
             version: MACHINE_STATE_VERSION,
             cpu_profile: self.cpu_profile.clone(),
             memory: self.ram.size(),
-            vcpus: vec![vcpu],
+            vcpus,
             irqchip: self.vm.save_irqchip()?,
             serial,
             virtio,
@@ -153,18 +154,18 @@ impl Machine {
         memory: GuestRam,
         disks: &[Arc<dyn BlockBackend>],
     ) -> Result<Self, RestoreError> {
-        let vcpu = check(engine, state, &memory)?;
+        let vcpus = check(engine, state, &memory)?;
         let memory = Arc::new(memory);
         let (devices, host) = virtio_devices(disks, &memory);
         if devices.len() != state.virtio.len() {
             return Err(RestoreError::Devices { wanted: state.virtio.len(), given: devices.len() });
         }
-        let mut parts = Parts::build(engine, NonZeroU8::MIN, memory, devices, host, true)?;
+        let mut parts = Parts::build(engine, vcpus, memory, devices, host, true)?;
         parts.vm.stop_time();
         parts.board.restore(state)?;
         parts.vm.restore_irqchip(&state.irqchip).map_err(|error| RestoreError::Machine(error.into()))?;
-        let machine = parts.run(vcpu, true)?;
-        match machine.vcpu.pause().await {
+        let machine = parts.run(state.vcpus.clone(), true)?;
+        match machine.crew.pause().await {
             Ok(()) => Ok(machine),
             Err(Ended) => Err(match machine.ended().await {
                 MachineEnd::Failed(error) => RestoreError::Vcpu(error),
@@ -176,11 +177,11 @@ impl Machine {
     async fn come_to_rest(&self) -> Result<(), Ended> {
         self.board.hold();
         self.board.quiet().await;
-        self.vcpu.pause().await
+        self.crew.pause().await
     }
 
     fn let_go(&self) {
-        self.vcpu.resume();
+        self.crew.resume();
         self.board.release();
     }
 }
@@ -205,8 +206,8 @@ impl Drop for Attempt<'_> {
     }
 }
 
-/// The state's processor, when engine and memory are those that it was saved with.
-fn check(engine: &dyn Hypervisor, state: &MachineState, memory: &GuestRam) -> Result<VcpuState, RestoreError> {
+/// The number of the state's processors, when engine and memory are those that it was saved with.
+fn check(engine: &dyn Hypervisor, state: &MachineState, memory: &GuestRam) -> Result<NonZeroU8, RestoreError> {
     if state.version != MACHINE_STATE_VERSION {
         return Err(RestoreError::Version { found: state.version });
     }
@@ -217,8 +218,13 @@ fn check(engine: &dyn Hypervisor, state: &MachineState, memory: &GuestRam) -> Re
     if state.memory != memory.size() {
         return Err(RestoreError::Memory { wanted: state.memory, given: memory.size() });
     }
-    match state.vcpus.as_slice() {
-        [vcpu] => Ok(vcpu.clone()),
-        vcpus => Err(RestoreError::Vcpus { found: vcpus.len() }),
+    let found = state.vcpus.len();
+    let vcpus = u8::try_from(found).ok().filter(|vcpus| *vcpus <= MAX_VCPUS).and_then(NonZeroU8::new);
+    let vcpus = vcpus.ok_or(RestoreError::Vcpus { found })?;
+    for (vcpu, state) in (0..).zip(&state.vcpus) {
+        if state.lapic.id != vcpu {
+            return Err(RestoreError::ApicId { vcpu, found: state.lapic.id });
+        }
     }
+    Ok(vcpus)
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::boot::layout::MAX_VCPUS;
 use super::devices::serial::SerialState;
 use super::devices::virtio::TransportState;
 use super::machine::MachineError;
@@ -115,10 +116,18 @@ pub enum RestoreError {
         given: Bytes,
     },
     /// A number of processors that this machine model does not have.
-    #[error("{found} processors, where one is supported")]
+    #[error("{found} processors, where 1 to {MAX_VCPUS} are supported")]
     Vcpus {
         /// What the state says.
         found: usize,
+    },
+    /// A processor's APIC id is not its number, as when two have the same.
+    #[error("processor {vcpu} has the APIC id {found}")]
+    ApicId {
+        /// The processor's number.
+        vcpu: u32,
+        /// What the state says.
+        found: u32,
     },
     /// The machine had another number of devices: of disks, that is.
     #[error("a machine with {wanted} virtio devices, and disks for {given}")]
@@ -139,8 +148,8 @@ pub enum RestoreError {
     /// The serial port cannot go on from its state.
     #[error("the serial port holds more than it has room for")]
     Serial,
-    /// The processor cannot be in its state.
-    #[error("the processor's state")]
+    /// A processor cannot be in its state.
+    #[error("a processor's state")]
     Vcpu(#[source] Arc<HvError>),
     /// The engine panicked: a defect in it.
     #[error("the engine panicked")]

@@ -120,7 +120,7 @@ impl Control {
 pub(super) struct Ended;
 
 /// A handle to the thread. Dropping it does not stop the vCPU.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct VcpuThread {
     kick: Arc<dyn Kick>,
     control: Arc<Control>,
@@ -157,13 +157,17 @@ impl VcpuThread {
         self.kick.kick();
     }
 
-    /// Asks the vCPU to pause, and waits until it has.
-    ///
-    /// # Cancel safety
-    /// The pause stays asked for.
-    pub(super) async fn pause(&self) -> Result<(), Ended> {
+    /// Asks the vCPU to pause; returns at once.
+    pub(super) fn ask_to_pause(&self) {
         self.control.want(|wanted| wanted.paused = true);
         self.kick.kick();
+    }
+
+    /// Waits until a vCPU that was asked to pause has.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(super) async fn at_rest(&self) -> Result<(), Ended> {
         let mut phase = self.control.phase.subscribe();
         // The sender lives in `self`, so waiting cannot fail.
         let reached = phase.wait_for(|phase| matches!(phase, Phase::Paused | Phase::Ended)).await;

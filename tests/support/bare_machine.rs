@@ -35,8 +35,18 @@ pub(crate) const GDT: u64 = 0xa000;
 /// The data register of the serial port.
 pub(crate) const SERIAL: u32 = 0x3f8;
 
+/// Where the code of vCPU number `id` lies.
+pub(crate) fn code_of(id: usize) -> u64 {
+    CODE + 0x4_0000 * id as u64
+}
+
 /// Assembles a program at [`CODE`], with a halt for ever at its end.
 pub(crate) fn program(build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+    program_of(0, build)
+}
+
+/// As [`program`], for vCPU number `id`.
+pub(crate) fn program_of(id: usize, build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
     let assemble = || {
         let mut a = CodeAssembler::new(64)?;
         build(&mut a)?;
@@ -45,7 +55,7 @@ pub(crate) fn program(build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedE
         a.cli()?;
         a.hlt()?;
         a.jmp(end)?;
-        a.assemble(CODE)
+        a.assemble(code_of(id))
     };
     assemble().expect("the program assembles")
 }
@@ -120,27 +130,43 @@ fn transport(device_type: u32, config: Vec<u8>, sizes: &[u16], device: DeviceSta
 
 /// A machine without disks that is about to execute `code`.
 pub(crate) fn fresh(code: &[u8]) -> (MachineState, GuestRam) {
+    fresh_with(&[code.to_vec()])
+}
+
+/// A machine without disks, with a vCPU for each of `programs`, each about to execute it.
+pub(crate) fn fresh_with(programs: &[Vec<u8>]) -> (MachineState, GuestRam) {
     let ram = GuestRam::new(MEMORY).expect("guest memory");
     bare::map_first_gib(&ram);
     // The gigabyte of the interrupt controllers, one to one.
     ram.store(0x2000 + 3 * 8, 0xc000_0083u64).expect("in memory");
-    for (at, byte) in (CODE..).zip(code) {
-        ram.store(at, *byte).expect("code in memory");
+    for (id, code) in programs.iter().enumerate() {
+        for (at, byte) in (code_of(id)..).zip(code) {
+            ram.store(at, *byte).expect("code in memory");
+        }
     }
     // A code and a data segment, as the initial state's hidden parts have them.
     for (at, descriptor) in [(GDT + 0x10, 0x00af_9b00_0000_ffffu64), (GDT + 0x18, 0x00cf_9300_0000_ffff)] {
         ram.store(at, descriptor).expect("in memory");
     }
-    let mut vcpu = bare::initial_state();
-    (vcpu.gdtr.base, vcpu.gdtr.limit) = (GDT, 0x1f);
-    (vcpu.idtr.base, vcpu.idtr.limit) = (IDT, 0xfff);
+    let vcpu = |id: usize| {
+        let mut vcpu = bare::initial_state();
+        vcpu.rip = code_of(id);
+        vcpu.gpr[4] -= 0x2000 * id as u64;
+        vcpu.lapic.id = id as u32;
+        if id > 0 {
+            vcpu.lapic.apic_base &= !(1 << 8);
+        }
+        (vcpu.gdtr.base, vcpu.gdtr.limit) = (GDT, 0x1f);
+        (vcpu.idtr.base, vcpu.idtr.limit) = (IDT, 0xfff);
+        vcpu
+    };
     let vsock = DeviceState::Vsock { next_port: 1024, resets_heard_at: None };
     let balloon = DeviceState::Balloon { target: 0, actual: 0, generation: 0, untold: false };
     let state = MachineState {
         version: MACHINE_STATE_VERSION,
         cpu_profile: Soft::new().cpu_profile().to_owned(),
         memory: MEMORY,
-        vcpus: vec![vcpu],
+        vcpus: (0..programs.len()).map(vcpu).collect(),
         irqchip: IrqChipState::default(),
         serial: SerialState::default(),
         virtio: vec![
@@ -155,6 +181,12 @@ pub(crate) fn fresh(code: &[u8]) -> (MachineState, GuestRam) {
 /// A machine that executes `code`.
 pub(crate) async fn start(code: &[u8]) -> Machine {
     let (state, ram) = fresh(code);
+    resumed(&state, ram).await
+}
+
+/// A machine with a vCPU for each of `programs`.
+pub(crate) async fn start_with(programs: &[Vec<u8>]) -> Machine {
+    let (state, ram) = fresh_with(programs);
     resumed(&state, ram).await
 }
 

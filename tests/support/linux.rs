@@ -55,6 +55,7 @@ pub async fn boot(root: &Root, memory: Bytes) -> Machine {
     };
     let config = MachineConfig {
         memory,
+        vcpus: std::num::NonZeroU8::MIN,
         kernel: File::open(assets.kernel()).expect("run `cargo xtask kernel`"),
         initramfs: cpio::initramfs(&agent, &guest.to_json()),
         disks: root.disks(),

@@ -90,7 +90,6 @@ impl Begun {
         let page = self.image.page(at)?;
         let taken = self.taken.get_mut(page.number)?;
         if *taken == Taken::Untried {
-            guard(cpu, at);
             *taken = if self.image.is_of(page, &cpu.ram) { Taken::Whole } else { Taken::Not };
             if *taken == Taken::Whole {
                 mark(cpu, &self.image, page);
@@ -111,14 +110,6 @@ impl Begun {
         places
             .iter()
             .any(|place| Extent { start: place.at, bytes: place.bytes.into(), op: place.op }.overlaps(offset, len))
-    }
-}
-
-/// Lets writes to the page of `at` be noticed from now on. To be called before its bytes are read.
-fn guard(cpu: &mut Cpu, at: u64) {
-    if !cpu.code_map.page_has_code(at) {
-        cpu.tlb.guard_writes(at);
-        cpu.ram.code_pages().watch(at);
     }
 }
 
@@ -161,25 +152,27 @@ impl CodeCache {
         self.arena.as_slice()
     }
 
-    /// The block at a RAM offset, decoded now if it is not known.
-    pub(super) fn block(&mut self, cpu: &mut Cpu, at: u64) -> u32 {
+    /// The block at a RAM offset, decoded now if it is not known; `None` while another vCPU may write there unnoticed.
+    pub(super) fn block(&mut self, cpu: &mut Cpu, at: u64) -> Option<u32> {
         if let Some(&block) = self.blocks.get(&at) {
-            return block;
-        }
-        if let Some(block) = self.begun.as_mut().and_then(|begun| begun.block(cpu, at)) {
-            return block;
+            return Some(block);
         }
         let image = self.begun.as_ref().map_or(0, |begun| begun.image.ops().len());
         if self.arena().len() > image + MAX_OPS {
             self.clear(cpu);
         }
-        guard(cpu, at);
+        if !cpu.sharing.guard(&mut cpu.tlb, at) {
+            return None;
+        }
+        if let Some(block) = self.begun.as_mut().and_then(|begun| begun.block(cpu, at)) {
+            return Some(block);
+        }
         let op = self.arena().len() as u32;
         let bytes = self.decode(cpu, at);
         self.blocks.insert(at, op);
         self.pages.entry(at / PAGE_SIZE).or_default().push(Extent { start: at, bytes, op });
         cpu.code_map.mark(at, bytes);
-        op
+        Some(op)
     }
 
     /// Appends the block at a RAM offset to the arena, as somebody has decoded it before, or decoded here. Returns how many
@@ -228,11 +221,9 @@ impl CodeCache {
         }
     }
 
-    /// Drops what was decoded from pages that devices have written.
-    pub(super) fn drop_device_written(&mut self, cpu: &mut Cpu) {
-        let mut pages = Vec::new();
-        cpu.ram.code_pages().take_written(|page| pages.push(page));
-        for page in pages {
+    /// Drops what was decoded from pages that devices or other vCPUs have written.
+    pub(super) fn drop_others_written(&mut self, cpu: &mut Cpu) {
+        for page in cpu.sharing.take_written() {
             self.drop_range(cpu, page, PAGE_SIZE);
         }
     }
@@ -276,18 +267,13 @@ impl CodeCache {
             mark(cpu, &begun.image, page);
         }
         if !cpu.code_map.page_has_code(offset) {
-            cpu.ram.code_pages().unwatch(offset);
+            cpu.sharing.unguard(offset);
         }
     }
 
     /// Drops everything: what is left is what the processor began with.
     pub(super) fn clear(&mut self, cpu: &mut Cpu) {
-        let own = self.pages.keys().map(|page| page * PAGE_SIZE);
-        let begun = self.begun.iter().flat_map(|begun| {
-            let pages = begun.image.page_numbers().map(|page| page * PAGE_SIZE);
-            pages.filter(|page| begun.whole(*page).is_some())
-        });
-        own.chain(begun).for_each(|page| cpu.ram.code_pages().unwatch(page));
+        cpu.sharing.unguard_all();
         if let Err(error) = self.arena.reset() {
             // What it began with may be in any state.
             self.begun = None;

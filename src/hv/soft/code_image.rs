@@ -81,11 +81,6 @@ impl CodeImage {
         self.pages.len()
     }
 
-    /// The numbers that its pages have in RAM.
-    pub(super) fn page_numbers(&self) -> impl Iterator<Item = &u64> {
-        self.pages.keys()
-    }
-
     /// The page of a RAM offset.
     pub(super) fn page(&self, at: u64) -> Option<&Page> {
         self.pages.get(&(at / PAGE_SIZE))

@@ -16,6 +16,7 @@ use super::fault::{Exception, Stop};
 use super::fetches::Fetches;
 use super::flags::{self, Flags};
 use super::fpu::FpuState;
+use super::peers::Sharing;
 use super::step::CrossingCache;
 use super::tlb::Tlb;
 
@@ -111,8 +112,9 @@ pub(super) mod efer {
     pub(in super::super) const NXE: u64 = 1 << 11;
 }
 
-/// One processor.
+/// One processor. Laid out as written: the registers come first, where the shortest instructions reach them.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Cpu {
     /// General registers 0 to 15, then the other [`slot`]s.
     pub(super) regs: [u64; 256],
@@ -145,6 +147,8 @@ pub(super) struct Cpu {
     /// RAM offsets and lengths that the guest wrote on pages that hold decoded instructions; the run
     /// loop drops what was decoded from them.
     pub(super) code_writes: Vec<(u64, u32)>,
+    /// What it owes the other vCPUs.
+    pub(super) sharing: Sharing,
     /// Which RAM the run loop has decoded.
     pub(super) code_map: CodeMap,
     /// For how long what is remembered by address of decoded code is good.

@@ -7,12 +7,15 @@ use crate::hv::profile::PROFILE;
 use crate::hv::state::IrqChipState;
 use crate::hv::{HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, TimeStamp, Vcpu, VcpuSeed, VmSpec};
 use crate::mem::GuestRam;
+use crate::mem::PageSet;
+use crate::mem::TOTAL_STORE_ORDER;
 use crate::units::{Gsi, VcpuId};
 
 use super::apic::{Bus, IoApic, Lapic};
 use super::clock::{Clock, TSC_HZ};
 use super::cpu::Cpu;
 use super::mailbox::Mailbox;
+use super::peers::{MAX_VCPUS, Peers, Sharing};
 use super::run::SoftVcpu;
 use super::shared_code::{Blocks, SharedCode};
 
@@ -54,13 +57,18 @@ impl Soft {
 
 impl Hypervisor for Soft {
     fn create_vm(&self, spec: &VmSpec, ram: Arc<GuestRam>) -> Result<Box<dyn HvVm>, HvError> {
-        if spec.vcpus.get() != 1 {
-            return Err(HvError::Unsupported("more than one vCPU"));
+        if spec.vcpus.get() > MAX_VCPUS {
+            return Err(HvError::Unsupported("more than eight vCPUs"));
+        }
+        if spec.vcpus.get() > 1 && !TOTAL_STORE_ORDER {
+            return Err(HvError::Unsupported("more than one vCPU on a host that orders memory less strictly"));
         }
         let bus = Bus::new(spec.vcpus.get());
+        let peers = Arc::new(Peers::new(Arc::clone(&ram), bus.clone()));
         let ioapic = Arc::new(IoApic::new(bus));
         Ok(Box::new(SoftVm {
             ram,
+            peers,
             ioapic,
             clock: Clock::new(),
             created: AtomicU64::new(0),
@@ -77,6 +85,7 @@ impl Hypervisor for Soft {
 #[derive(Debug)]
 struct SoftVm {
     ram: Arc<GuestRam>,
+    peers: Arc<Peers>,
     ioapic: Arc<IoApic>,
     clock: Clock,
     /// One bit a vCPU id handed out.
@@ -88,14 +97,16 @@ struct SoftVm {
 impl HvVm for SoftVm {
     fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn VcpuSeed>, HvError> {
         let mailbox = self.ioapic.bus().mailbox(id.0.into()).cloned();
-        let mailbox = mailbox.ok_or(HvError::Unsupported("a vCPU id outside the machine"))?;
+        let sharing = Sharing::new(Arc::clone(&self.peers), id.0.into());
+        let outside = || HvError::Unsupported("a vCPU id outside the machine");
+        let (mailbox, sharing) = mailbox.zip(sharing).ok_or_else(outside)?;
         let bit = 1 << (id.0 % 64);
         if self.created.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
             return Err(HvError::Unsupported("making a vCPU twice"));
         }
         let (ram, ioapic, clock) = (Arc::clone(&self.ram), Arc::clone(&self.ioapic), self.clock.clone());
         let (retired, code) = (Arc::clone(&self.retired), self.code.blocks(&self.ram));
-        Ok(Box::new(Seed { id, ram, ioapic, clock, mailbox, retired, code }))
+        Ok(Box::new(Seed { id, ram, ioapic, clock, mailbox, sharing, retired, code }))
     }
 
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError> {
@@ -122,6 +133,20 @@ impl HvVm for SoftVm {
     fn time_stamp(&self) -> Option<TimeStamp> {
         Some(TimeStamp { ticks: self.clock.tsc(), hz: TSC_HZ })
     }
+
+    fn start_dirty_log(&self) -> Result<(), HvError> {
+        self.peers.start_log();
+        Ok(())
+    }
+
+    fn take_dirty_log(&self) -> Result<PageSet, HvError> {
+        self.peers.take_log().ok_or(HvError::Unsupported("taking a log of written pages that was not begun"))
+    }
+
+    fn stop_dirty_log(&self) -> Result<(), HvError> {
+        self.peers.stop_log();
+        Ok(())
+    }
 }
 
 #[derive(Debug)]
@@ -131,6 +156,7 @@ struct Seed {
     ioapic: Arc<IoApic>,
     clock: Clock,
     mailbox: Arc<Mailbox>,
+    sharing: Sharing,
     retired: Arc<AtomicU64>,
     code: Option<Arc<Blocks>>,
 }
@@ -141,8 +167,9 @@ impl VcpuSeed for Seed {
     }
 
     fn bind(self: Box<Self>, io: Box<dyn IoHandler>) -> Result<Box<dyn Vcpu>, HvError> {
-        let Self { id, ram, ioapic, clock, mailbox, retired, code } = *self;
+        let Self { id, ram, ioapic, clock, mailbox, sharing, retired, code } = *self;
         let lapic = Lapic::new(id.0.into(), Arc::clone(&mailbox), clock.clone(), Arc::clone(&ioapic));
-        Ok(Box::new(SoftVcpu::new(Cpu::new(ram, io, lapic, ioapic, clock), mailbox, retired, code)?))
+        let cpu = Cpu::new(ram, io, lapic, ioapic, clock, sharing);
+        Ok(Box::new(SoftVcpu::new(cpu, mailbox, retired, code)?))
     }
 }

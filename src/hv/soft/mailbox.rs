@@ -91,6 +91,11 @@ impl Mailbox {
         self.raise_attention();
     }
 
+    /// Has the vCPU look up soon, also from its sleep, for what is not in the mailbox.
+    pub(super) fn nudge(&self) {
+        self.raise_attention();
+    }
+
     /// Whether anything may have arrived: interrupts, signals or a kick. For the hot path.
     #[inline(always)]
     pub(crate) fn any(&self) -> bool {

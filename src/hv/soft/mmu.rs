@@ -59,6 +59,24 @@ enum Place {
     Device(u64),
 }
 
+const OUT_OF_RAM: Stop = Stop::Unimplemented("RAM offset out of range");
+
+/// Exchanges until nobody comes between.
+#[inline(always)]
+fn update_by<T: Scalar>(
+    mut old: T,
+    mut new: impl FnMut(T) -> T,
+    mut exchange: impl FnMut(T, T) -> Option<T>,
+) -> Option<T> {
+    loop {
+        let found = exchange(old, new(old))?;
+        if found.widen() == old.widen() {
+            return Some(old);
+        }
+        old = found;
+    }
+}
+
 impl Cpu {
     /// Reads a value at a linear address.
     ///
@@ -94,6 +112,52 @@ impl Cpu {
             return Ok(());
         }
         self.write_slow(va, value, Privilege::Current)
+    }
+
+    /// Replaces the value at a linear address by what `new` makes of it, as one access and a full barrier, and returns what
+    /// was there: LOCK. `new` may be called several times, and only the last call counts.
+    #[inline(always)]
+    pub(super) fn update<T: Scalar>(&mut self, va: u64, new: impl FnMut(T) -> T) -> Result<T, Stop> {
+        match self.tlb.write(va, T::SIZE) {
+            Some(offset) => self.update_ram(offset, new),
+            None => self.update_slow(va, new),
+        }
+    }
+
+    #[inline(always)]
+    fn update_ram<T: Scalar>(&self, offset: u64, new: impl FnMut(T) -> T) -> Result<T, Stop> {
+        let old = self.ram.load(offset);
+        old.and_then(|old| update_by(old, new, |old, new| self.ram.compare_exchange(offset, old, new)))
+            .ok_or(OUT_OF_RAM)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn update_slow<T: Scalar>(&mut self, va: u64, mut new: impl FnMut(T) -> T) -> Result<T, Stop> {
+        let in_page = PAGE_SIZE - va % PAGE_SIZE;
+        let first = self.place(va, Access::Write, Privilege::Current)?;
+        if T::SIZE <= in_page
+            && let Place::Ram(offset) = first
+        {
+            let old = self.update_ram(offset, new)?;
+            self.note_ram_write(offset, T::SIZE);
+            return Ok(old);
+        }
+        if T::SIZE > in_page
+            && let Place::Ram(first) = first
+            && let Place::Ram(second) = self.place(va.wrapping_add(in_page), Access::Write, Privilege::Current)?
+        {
+            let old = self.read(va)?;
+            let exchange = |old, new| self.ram.compare_exchange_across(first, in_page, second, old, new);
+            let old = update_by(old, new, exchange).ok_or(OUT_OF_RAM)?;
+            self.note_ram_write(first, in_page);
+            self.note_ram_write(second, T::SIZE - in_page);
+            return Ok(old);
+        }
+        // A device has no read-modify-write.
+        let old = self.read_for_write(va)?;
+        self.write(va, new(old))?;
+        Ok(old)
     }
 
     /// Reads as a supervisor whatever the privilege level: descriptor tables, the TSS.
@@ -135,9 +199,11 @@ impl Cpu {
         }
     }
 
-    /// Tells that RAM was written past the TLB (a host-side copy): decoded instructions there are dropped.
+    /// Tells that RAM was written past the TLB (a host-side copy): decoded instructions there are dropped. To be called after
+    /// the write, since other vCPUs act on it at once.
     #[inline]
     pub(super) fn note_ram_write(&mut self, offset: u64, len: u64) {
+        self.sharing.wrote(offset, len);
         if self.code_map.hits(offset, len) {
             self.code_writes.push((offset, len as u32));
         }
@@ -150,7 +216,7 @@ impl Cpu {
         let first = self.place(va, access, privilege)?;
         if T::SIZE <= in_page {
             return Ok(match first {
-                Place::Ram(offset) => self.ram.load(offset).ok_or(Stop::Unimplemented("RAM offset out of range"))?,
+                Place::Ram(offset) => self.ram.load(offset).ok_or(OUT_OF_RAM)?,
                 Place::Device(gpa) => T::narrow(self.device_read(gpa, T::SIZE)),
             });
         }
@@ -168,8 +234,8 @@ impl Cpu {
         if T::SIZE <= in_page {
             match first {
                 Place::Ram(offset) => {
+                    self.ram.store(offset, value).ok_or(OUT_OF_RAM)?;
                     self.note_ram_write(offset, T::SIZE);
-                    self.ram.store(offset, value).ok_or(Stop::Unimplemented("RAM offset out of range"))?;
                 }
                 Place::Device(gpa) => self.device_write(gpa, value.widen(), T::SIZE),
             }
@@ -195,11 +261,11 @@ impl Cpu {
         match place {
             Place::Device(gpa) => self.device_write(gpa, value, len),
             Place::Ram(offset) => {
-                self.note_ram_write(offset, len);
                 for i in 0..len {
                     // Within the page that `place` translated, so within RAM.
                     let _ = self.ram.store(offset + i, (value >> (8 * i)) as u8);
                 }
+                self.note_ram_write(offset, len);
             }
         }
     }
@@ -245,10 +311,11 @@ impl Cpu {
             if walk.size > PAGE_SIZE {
                 self.tlb.note_large(va, walk.size);
             }
+            // Without the dirty bit the first write must come here to set it.
+            let writable = walk.writable && walk.dirty && (access == Access::Write || !self.sharing.counts_grants());
             let grant = Grant {
                 read: true,
-                // Without the dirty bit the first write must come here to set it.
-                write: walk.writable && walk.dirty && !self.code_map.page_has_code(offset),
+                write: writable && self.sharing.may_grant(offset),
                 // Only what was fetched from is noted, so only that may be fetched from without coming here.
                 fetch: walk.executable && access == Access::Fetch,
                 global: walk.global,
@@ -258,11 +325,23 @@ impl Cpu {
         Ok(Place::Ram(offset))
     }
 
-    /// Walks the paging structures (SDM 5.5), checks rights (5.6) and sets accessed and dirty bits (5.8).
+    /// Walks the paging structures (SDM 5.5), checks rights (5.6) and sets accessed and dirty bits (5.8). Begins anew when
+    /// another vCPU changes an entry meanwhile.
     fn walk(&mut self, va: u64, access: Access, user: bool) -> Result<Walk, Stop> {
-        if !self.is_long_mode() {
-            return self.walk_legacy(va, access, user);
+        loop {
+            let walk = if self.is_long_mode() {
+                self.try_walk(va, access, user)?
+            } else {
+                self.try_walk_legacy(va, access, user)?
+            };
+            if let Some(walk) = walk {
+                return Ok(walk);
+            }
         }
+    }
+
+    /// `None` when an entry has changed before its bits were set.
+    fn try_walk(&mut self, va: u64, access: Access, user: bool) -> Result<Option<Walk>, Stop> {
         let nxe = self.control.efer & efer::NXE != 0;
         let fault = |code: u32| self.paging_fault(va, access, user, code);
         let mut table = self.control.cr3 & ADDRESS;
@@ -306,19 +385,19 @@ impl Cpu {
         let dirty = access == Access::Write || entry & DIRTY != 0;
         for (step, &(at, value)) in path.iter().enumerate().skip(level) {
             let set = ACCESSED | if step == level && dirty { DIRTY } else { 0 };
-            if value & set != set {
-                self.set_paging_entry(at, value | set);
+            if value & set != set && !self.set_paging_entry(at, value, value | set) {
+                return Ok(None);
             }
         }
         let offset_mask = (1u64 << shift) - 1;
-        Ok(Walk {
+        Ok(Some(Walk {
             gpa: (entry & ADDRESS & !offset_mask) | (va & offset_mask),
             writable: write_ok,
             executable: !no_execute,
             dirty,
             global: entry & GLOBAL != 0 && self.control.cr4 & cr4::PGE != 0,
             size: 1 << shift,
-        })
+        }))
     }
 
     /// #PF with an error code that says `code` and what the access was.
@@ -338,11 +417,13 @@ impl Cpu {
         self.ram.load(self.ram.offset_of(GuestAddr(gpa))?)
     }
 
-    fn set_paging_entry(&mut self, gpa: u64, value: u64) {
-        if let Some(offset) = self.ram.offset_of(GuestAddr(gpa)) {
-            self.note_ram_write(offset, 8);
-            // The entry was just read from there.
-            let _ = self.ram.store(offset, value);
+    /// Changes an entry that was just read, unless it is another one now.
+    pub(super) fn set_paging_entry<T: Scalar + PartialEq>(&mut self, gpa: u64, old: T, new: T) -> bool {
+        let Some(offset) = self.ram.offset_of(GuestAddr(gpa)) else { return true };
+        let set = self.ram.compare_exchange(offset, old, new) == Some(old);
+        if set {
+            self.note_ram_write(offset, T::SIZE);
         }
+        set
     }
 }

@@ -73,6 +73,7 @@ impl SoftVcpu {
                 return Ok(Some(Exit::Kicked));
             }
             self.poll();
+            self.cpu.sharing.answer(&mut self.cpu.tlb);
         } else if self.cpu.lapic.has_signals() {
             // Sent by itself, and received at once: a halt must not miss it.
             self.poll();
@@ -106,6 +107,8 @@ impl SoftVcpu {
         };
         match outcome {
             Ok(Leave::Halt) => self.activity = Activity::Halted,
+            Ok(Leave::Budget) => self.slice = 0,
+            Ok(Leave::Sync) => self.cpu.sharing.serialise(),
             Ok(_) => {}
             Err(stop) => return self.stopped(stop),
         }
@@ -199,7 +202,9 @@ impl SoftVcpu {
     /// Sleeps until mail arrives or the timer is due.
     fn sleep(&mut self) {
         let deadline = self.cpu.lapic.next_deadline_ns().and_then(|ns| self.cpu.clock.instant_at(ns));
+        self.cpu.sharing.rest(&mut self.cpu.tlb);
         self.mailbox.park_until(deadline);
+        self.cpu.sharing.wake(&mut self.cpu.tlb);
         self.slice = 0;
     }
 
@@ -212,6 +217,7 @@ impl SoftVcpu {
             match flow {
                 Flow::Next | Flow::Jump if self.slice > 0 && self.cpu.code_writes.is_empty() => {}
                 Flow::Halt => return Ok(Leave::Halt),
+                Flow::Again => return Ok(Leave::Budget),
                 _ => return Ok(Leave::Sync),
             }
         }
@@ -222,7 +228,12 @@ impl SoftVcpu {
         let mut patch = None;
         self.cpu.budget = self.slice;
         loop {
-            let block = self.find(patch.take())?;
+            let Some(block) = self.find(patch.take())? else {
+                if let Some(leave) = self.undecoded()? {
+                    return Ok(leave);
+                }
+                continue;
+            };
             let Some((op, rest)) = self.code.arena().get(block as usize..).and_then(<[_]>::split_first) else {
                 return Err(Stop::Unimplemented("a block outside the arena"));
             };
@@ -239,15 +250,29 @@ impl SoftVcpu {
         }
     }
 
-    /// The block at `rip`, and what remembers it by its address.
-    fn find(&mut self, patch: Option<Patch>) -> Result<u32, Stop> {
+    /// One instruction where code cannot be kept yet; what ends the slice, if something does.
+    fn undecoded(&mut self) -> Result<Option<Leave>, Stop> {
+        let flow = self.cpu.step()?;
+        self.slice -= RETURN_COST;
+        self.executed += 1;
+        self.cpu.budget = self.slice;
+        Ok(match flow {
+            Flow::Next | Flow::Jump if self.slice <= 0 => Some(Leave::Budget),
+            Flow::Next | Flow::Jump if self.cpu.code_writes.is_empty() => None,
+            Flow::Halt => Some(Leave::Halt),
+            _ => Some(Leave::Sync),
+        })
+    }
+
+    /// The block at `rip`, and what remembers it by its address; `None` while its page's writes would go unnoticed.
+    fn find(&mut self, patch: Option<Patch>) -> Result<Option<u32>, Stop> {
         let rip = self.cpu.rip;
         let offset = self.cpu.fetch_offset(rip)?;
-        if self.cpu.ram.code_pages().any_written() {
-            self.code.drop_device_written(&mut self.cpu);
+        if self.cpu.sharing.any_written() {
+            self.code.drop_others_written(&mut self.cpu);
         }
         let before = self.code.arena().len();
-        let block = self.code.block(&mut self.cpu, offset);
+        let Some(block) = self.code.block(&mut self.cpu, offset) else { return Ok(None) };
         self.cpu.jumps.insert(rip, self.cpu.fetch_key(rip), block);
         // A shrunken arena was cleared: the branch that asked is gone.
         if let Some(patch) = patch
@@ -255,20 +280,24 @@ impl SoftVcpu {
         {
             self.code.patch(patch, block);
         }
-        Ok(block)
+        Ok(Some(block))
     }
 
     /// One instruction by the general executor: in an interrupt shadow, and when single-stepping.
     fn one_instruction(&mut self) -> Result<Leave, Stop> {
-        let trap = self.cpu.system_flags & TF != 0;
+        self.cpu.single_step = self.cpu.system_flags & TF != 0;
         self.cpu.interrupt_shadow = false;
         let flow = self.cpu.step()?;
-        if trap {
+        if std::mem::take(&mut self.cpu.single_step) {
             // Single-step trap, DR6.BS (SDM 19.3.1.4).
             self.cpu.dr[4] |= 1 << 14;
             return Err(Stop::Fault(Exception::DEBUG));
         }
-        Ok(if flow == Flow::Halt { Leave::Halt } else { Leave::Sync })
+        Ok(match flow {
+            Flow::Halt => Leave::Halt,
+            Flow::Again => Leave::Budget,
+            _ => Leave::Sync,
+        })
     }
 
     /// Delivers what stopped an instruction, or reports what the engine cannot do.
@@ -288,11 +317,14 @@ impl SoftVcpu {
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self) -> Result<Exit, HvError> {
-        loop {
-            if let Some(exit) = self.advance()? {
-                return Ok(exit);
+        self.cpu.sharing.wake(&mut self.cpu.tlb);
+        let end = loop {
+            if let Some(end) = self.advance().transpose() {
+                break end;
             }
-        }
+        };
+        self.cpu.sharing.rest(&mut self.cpu.tlb);
+        end
     }
 
     fn save(&mut self) -> Result<VcpuState, HvError> {

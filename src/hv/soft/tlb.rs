@@ -143,4 +143,9 @@ impl Tlb {
             }
         }
     }
+
+    /// Makes all writes take the slow path once.
+    pub(super) fn revoke_writes(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.write = INVALID);
+    }
 }

@@ -240,20 +240,9 @@ fn fuse(insns: &[Instruction], ops: &mut Vec<Op>) {
 
 /// The operation with a handler of its own for an instruction, if there is one.
 fn pick(insn: &Instruction, flags: bool) -> Option<Op> {
-    // With one processor a plain read-modify-write is atomic; the decoder lets LOCK stand only where it is allowed.
-    if insn.has_lock_prefix()
-        && !matches!(
-            insn.mnemonic(),
-            Mnemonic::Add
-                | Mnemonic::Sub
-                | Mnemonic::Inc
-                | Mnemonic::Dec
-                | Mnemonic::And
-                | Mnemonic::Or
-                | Mnemonic::Xor
-        )
-    {
-        return None;
+    // The decoder lets LOCK stand only where it is allowed: with memory first.
+    if insn.has_lock_prefix() {
+        return locked(insn);
     }
     match insn.mnemonic() {
         Mnemonic::Mov => mov(insn),
@@ -400,6 +389,19 @@ fn arithmetic(insn: &Instruction, flags: bool) -> Option<Op> {
         }
     }
     op.run = alu::handler(insn.mnemonic(), operand_bits(insn, 0), flags, form, indexed)?;
+    Some(op)
+}
+
+/// Arithmetic on memory as one access.
+fn locked(insn: &Instruction) -> Option<Op> {
+    let mut op = blank(data::nop);
+    let indexed = memory(insn, &mut op)?;
+    op.run = alu::locked_handler(insn.mnemonic(), operand_bits(insn, 0), indexed)?;
+    match insn.op_kind(1) {
+        _ if insn.op_count() == 1 => {}
+        OpKind::Register => op.src = register(insn, 1)?,
+        _ => op.imm = insn.immediate(1),
+    }
     Some(op)
 }
 

@@ -74,6 +74,38 @@ pub(super) fn prepare(ram: &GuestRam, entry: GuestAddr) -> Result<VcpuState, Boo
     })
 }
 
+/// Processor number `id`, not the first, after reset (Intel SDM volume 3A, table 10-1): it waits to be called.
+pub(super) fn waiting(id: u8) -> VcpuState {
+    const CR0_RESET: u64 = 0x6000_0010;
+    const BOOT_PROCESSOR: u64 = 1 << 8;
+    let data = Segment { limit: 0xffff, attributes: 0x93, ..Segment::default() };
+    let code = Segment { selector: 0xf000, base: 0xffff_0000, attributes: 0x9b, ..data };
+    let table = Table { base: 0, limit: 0xffff };
+    let lapic = Lapic::default();
+    VcpuState {
+        gpr: [0; 16],
+        rip: 0xfff0,
+        rflags: RFLAGS_RESERVED,
+        cr0: CR0_RESET,
+        cr2: 0,
+        cr3: 0,
+        cr4: 0,
+        cr8: 0,
+        dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
+        segments: [data, code, data, data, data, data],
+        ldtr: Segment { attributes: 0x82, ..data },
+        tr: Segment { attributes: TSS_ATTRIBUTES, ..data },
+        gdtr: table,
+        idtr: table,
+        msrs: Msrs { pat: PAT_RESET, ..Msrs::default() },
+        fpu: Fpu::default(),
+        lapic: Lapic { id: id.into(), apic_base: lapic.apic_base & !BOOT_PROCESSOR, ..lapic },
+        interrupt_shadow: false,
+        activity: Activity::WaitsForInit,
+        events: Events::default(),
+    }
+}
+
 fn flat(selector: u16, attributes: u16) -> Segment {
     Segment { selector, base: 0, limit: u32::MAX, attributes, unusable: false }
 }

@@ -10,6 +10,9 @@
 
 use crate::units::{Gsi, GuestAddr};
 
+/// Most vCPUs of a machine.
+pub const MAX_VCPUS: u8 = 8;
+
 /// The global descriptor table the guest starts with.
 pub const GDT: GuestAddr = GuestAddr(0x500);
 /// `struct boot_params`, one page.

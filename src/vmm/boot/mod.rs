@@ -1,6 +1,6 @@
 //! Direct boot of an ELF `vmlinux` by the 64-bit Linux boot protocol
 //! (`Documentation/arch/x86/boot.rst`): everything that lies in RAM before the first instruction,
-//! and the state of the boot processor at it. No firmware, ACPI or PCI.
+//! and the states of the processors at it. No firmware, ACPI or PCI.
 
 pub mod cpio;
 mod elf;
@@ -41,7 +41,7 @@ pub enum BootError {
     /// The command line would end at a NUL.
     #[error("the command line contains a NUL byte")]
     CommandLineNul,
-    /// The MP table has no room for so many.
+    /// The machine, or its MP table, has no room for so many.
     #[error("{0} vCPUs are more than the machine has room for")]
     TooManyVcpus(u8),
 }
@@ -59,20 +59,24 @@ pub struct BootSpec<'a> {
     pub rng_seed: [u8; RNG_SEED_LEN],
 }
 
-/// Puts kernel, initramfs and boot structures into `ram`, which must be fresh, and returns the state
-/// in which the boot processor enters the kernel.
+/// Puts kernel, initramfs and boot structures into `ram`, which must be fresh, and returns the states of the processors:
+/// the first is that in which the boot processor enters the kernel, the others wait until the kernel calls them.
 ///
 /// # Errors
 /// [`BootError`]; `ram` is then of no further use.
-pub fn load<F>(ram: &GuestRam, kernel: &mut F, spec: &BootSpec<'_>) -> Result<VcpuState, BootError>
+pub fn load<F>(ram: &GuestRam, kernel: &mut F, spec: &BootSpec<'_>) -> Result<Vec<VcpuState>, BootError>
 where
     F: Read + Seek + ReadVolatile,
 {
+    if spec.vcpus.get() > layout::MAX_VCPUS {
+        return Err(BootError::TooManyVcpus(spec.vcpus.get()));
+    }
     let kernel = elf::load(ram, kernel)?;
     let ramdisk = place_initramfs(ram, spec.initramfs, kernel.end.0)?;
     params::write(ram, spec.cmdline, &spec.rng_seed, ramdisk)?;
     mp_table::write(ram, spec.vcpus.get())?;
-    entry::prepare(ram, kernel.entry)
+    let boot = entry::prepare(ram, kernel.entry)?;
+    Ok(std::iter::once(boot).chain((1..spec.vcpus.get()).map(entry::waiting)).collect())
 }
 
 /// As high in low RAM as it goes, on a page boundary, so that the kernel need not move it.

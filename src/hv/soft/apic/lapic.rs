@@ -161,6 +161,11 @@ impl Lapic {
         self.base & BASE_BSP != 0
     }
 
+    /// The APIC id, which is the vCPU's.
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
     /// Guest-physical address of the register page; `None` when it is off or in x2APIC form.
     #[inline]
     pub(crate) fn mmio_base(&self) -> Option<u64> {

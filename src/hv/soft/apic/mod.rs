@@ -158,6 +158,11 @@ impl Bus {
         Self { mailboxes: (0..vcpus).map(|_| Arc::new(Mailbox::new())).collect() }
     }
 
+    /// How many vCPUs there are.
+    pub(crate) fn len(&self) -> usize {
+        self.mailboxes.len()
+    }
+
     /// The mailbox of the vCPU with APIC id `id`.
     pub(crate) fn mailbox(&self, id: u32) -> Option<&Arc<Mailbox>> {
         self.mailboxes.get(id as usize)

@@ -10,7 +10,7 @@ use crate::hv::soft::operand::operand_bits;
 fn update(
     cpu: &mut Cpu,
     insn: &Instruction,
-    operation: impl FnOnce(&mut Flags, u64, u64, u32) -> u64,
+    operation: impl Fn(&mut Flags, u64, u64, u32) -> u64,
 ) -> Result<Flow, Stop> {
     let b = cpu.operand(insn, 1)?;
     cpu.modify(insn, |flags, a, bits| operation(flags, a, b, bits))

@@ -8,6 +8,7 @@ use crate::hv::soft::flags;
 use crate::hv::soft::flags::sext;
 use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::{address_mask, operand_bits, segment_fault};
+use crate::mem::Scalar;
 
 /// What a bit test leaves of the operand that has `bit` set in it.
 type Change = fn(value: u64, bit: u64) -> u64;
@@ -35,10 +36,15 @@ fn bit_test(cpu: &mut Cpu, insn: &Instruction, change: Option<Change>) -> Result
     if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register {
         return bit_string(cpu, insn, bits, index, bit, change);
     }
-    let value = if change.is_some() { cpu.operand_for_write(insn, 0)? } else { cpu.operand(insn, 0)? };
-    if let Some(change) = change {
-        cpu.set_operand(insn, 0, change(value, bit))?;
-    }
+    let value = match change {
+        None => cpu.operand(insn, 0)?,
+        Some(change) if insn.has_lock_prefix() => cpu.update_operand(insn, |value| change(value, bit))?,
+        Some(change) => {
+            let value = cpu.operand_for_write(insn, 0)?;
+            cpu.set_operand(insn, 0, change(value, bit))?;
+            value
+        }
+    };
     cpu.flags.set_cf(value & bit != 0);
     Ok(Flow::Next)
 }
@@ -57,26 +63,35 @@ fn bit_string(
     let offset = cpu.effective_address(insn).wrapping_add(skip.wrapping_mul(bytes)) & address_mask(insn);
     let access = if change.is_some() { Access::Write } else { Access::Read };
     let address = cpu.address_at(insn, offset, bytes, access)?;
+    let locked = insn.has_lock_prefix();
     let found = match bits {
-        16 => bit_at::<u16>(cpu, address, bit, change),
-        32 => bit_at::<u32>(cpu, address, bit, change),
-        _ => bit_at::<u64>(cpu, address, bit, change),
+        16 => bit_at::<u16>(cpu, address, bit, change, locked),
+        32 => bit_at::<u32>(cpu, address, bit, change, locked),
+        _ => bit_at::<u64>(cpu, address, bit, change, locked),
     };
     let set = found.map_err(|stop| segment_fault(insn, stop))?;
     cpu.flags.set_cf(set);
     Ok(Flow::Next)
 }
 
-fn bit_at<T: crate::mem::Scalar>(cpu: &mut Cpu, address: u64, bit: u64, change: Option<Change>) -> Result<bool, Stop> {
+fn bit_at<T: Scalar>(
+    cpu: &mut Cpu,
+    address: u64,
+    bit: u64,
+    change: Option<Change>,
+    locked: bool,
+) -> Result<bool, Stop> {
+    let changed = |value: T, change: Change| T::narrow(change(value.widen() as u64, bit).into());
     let value = match change {
-        None => cpu.read::<T>(address)?.widen() as u64,
+        None => cpu.read::<T>(address)?,
+        Some(change) if locked => cpu.update::<T>(address, |value| changed(value, change))?,
         Some(change) => {
-            let value = cpu.read_for_write::<T>(address)?.widen() as u64;
-            cpu.write(address, T::narrow(change(value, bit).into()))?;
+            let value = cpu.read_for_write::<T>(address)?;
+            cpu.write(address, changed(value, change))?;
             value
         }
     };
-    Ok(value & bit != 0)
+    Ok(value.widen() as u64 & bit != 0)
 }
 
 pub(super) fn bsf(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {

@@ -1,5 +1,8 @@
 //! Near control transfers, software interrupts, SYSCALL and SYSRET.
 
+use std::sync::atomic::Ordering;
+use std::sync::atomic::fence;
+
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use crate::hv::soft::cpu::{Cpu, efer, is_canonical, seg, slot};
@@ -36,6 +39,18 @@ impl Cpu {
 }
 
 pub(super) fn nop(_: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
+    Ok(Flow::Next)
+}
+
+/// All stores before it are seen by others before a load after it is done.
+pub(super) fn mfence(_: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
+    fence(Ordering::SeqCst);
+    Ok(Flow::Next)
+}
+
+/// A vCPU that waits for another, whose thread may be waiting for this one's host processor.
+pub(super) fn pause(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
+    cpu.sharing.pause();
     Ok(Flow::Next)
 }
 

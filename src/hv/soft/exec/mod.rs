@@ -128,9 +128,8 @@ fn general(insn: &Instruction) -> Option<Executor> {
         | Mnemonic::Reservednop
         | Mnemonic::Endbr64
         | Mnemonic::Endbr32
-        | Mnemonic::Pause
+        // Loads are done in order, and so are stores.
         | Mnemonic::Lfence
-        | Mnemonic::Mfence
         | Mnemonic::Sfence
         | Mnemonic::Prefetch
         | Mnemonic::Prefetchw
@@ -145,6 +144,8 @@ fn general(insn: &Instruction) -> Option<Executor> {
         | Mnemonic::Cldemote
         | Mnemonic::Rdsspd
         | Mnemonic::Rdsspq => flow::nop,
+        Mnemonic::Mfence => flow::mfence,
+        Mnemonic::Pause => flow::pause,
         Mnemonic::Clflush => control::clflush,
         Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsq => string::movs,
         Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq => string::stos,
@@ -248,15 +249,19 @@ fn pop(insn: &Instruction) -> Option<Executor> {
 impl Cpu {
     /// The read-modify-write that all instructions with a memory destination go through: the flags take effect
     /// only when the result is written.
-    fn modify(
-        &mut self,
-        insn: &Instruction,
-        operation: impl FnOnce(&mut Flags, u64, u32) -> u64,
-    ) -> Result<Flow, Stop> {
-        let value = self.operand_for_write(insn, 0)?;
-        let mut flags = self.flags;
-        let result = operation(&mut flags, value, operand_bits(insn, 0));
-        self.set_operand(insn, 0, result)?;
+    fn modify(&mut self, insn: &Instruction, operation: impl Fn(&mut Flags, u64, u32) -> u64) -> Result<Flow, Stop> {
+        let (bits, before) = (operand_bits(insn, 0), self.flags);
+        let mut flags = before;
+        if insn.has_lock_prefix() {
+            self.update_operand(insn, |value| {
+                flags = before;
+                operation(&mut flags, value, bits)
+            })?;
+        } else {
+            let value = self.operand_for_write(insn, 0)?;
+            let result = operation(&mut flags, value, bits);
+            self.set_operand(insn, 0, result)?;
+        }
         self.flags = flags;
         Ok(Flow::Next)
     }

@@ -1,12 +1,13 @@
 //! Data movement between registers and memory, exchanges, and conditional moves.
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, OpKind, Register};
 
 use crate::hv::soft::cpu::{Cpu, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
 use crate::hv::soft::flags::{self, sext};
 use crate::hv::soft::mmu::Access;
 use crate::hv::soft::operand::{operand_bits, segment_fault};
+use crate::mem::Scalar;
 
 use super::mask;
 
@@ -31,66 +32,77 @@ pub(super) fn lea(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     Ok(Flow::Next)
 }
 
+/// With memory it is locked whether or not it says so.
 pub(super) fn xchg(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
-    let b = cpu.operand_for_write(insn, 1)?;
-    let a = cpu.operand_for_write(insn, 0)?;
-    // At most one of them is memory, and it goes first: a register cannot fault.
-    if insn.op0_register() == Register::None {
-        cpu.set_operand(insn, 0, b)?;
-        cpu.set_operand(insn, 1, a)?;
+    let b = cpu.operand(insn, 1)?;
+    let a = if insn.op0_kind() == OpKind::Memory {
+        cpu.update_operand(insn, |_| b)?
     } else {
-        cpu.set_operand(insn, 1, a)?;
+        let a = cpu.operand(insn, 0)?;
         cpu.set_operand(insn, 0, b)?;
-    }
+        a
+    };
+    cpu.set_operand(insn, 1, a)?;
     Ok(Flow::Next)
 }
 
+/// XADD, CMPXCHG and its wider forms are locked with memory in any case: it is what they are used for.
 pub(super) fn xadd(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let source = insn.op1_register();
-    let (a, b) = (cpu.operand_for_write(insn, 0)?, cpu.register(source));
-    let sum = a.wrapping_add(b);
-    if insn.op0_register() == Register::None {
-        cpu.set_operand(insn, 0, sum)?;
+    let b = cpu.register(source);
+    let a = if insn.op0_kind() == OpKind::Memory {
+        let a = cpu.update_operand(insn, |a| a.wrapping_add(b))?;
         cpu.set_register(source, a);
+        a
     } else {
+        let a = cpu.operand(insn, 0)?;
         // With both the same register, the sum stays.
         cpu.set_register(source, a);
-        cpu.set_operand(insn, 0, sum)?;
-    }
-    cpu.flags.add(a, b, sum, operand_bits(insn, 0));
+        cpu.set_operand(insn, 0, a.wrapping_add(b))?;
+        a
+    };
+    cpu.flags.add(a, b, a.wrapping_add(b), operand_bits(insn, 0));
     Ok(Flow::Next)
 }
 
 pub(super) fn cmpxchg(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let bits = operand_bits(insn, 0);
-    let old = cpu.operand_for_write(insn, 0)?;
     let accumulator = cpu.regs[slot::RAX] & mask(bits);
     let new = cpu.register(insn.op1_register());
-    let equal = old == accumulator;
-    if equal {
-        cpu.set_operand(insn, 0, new)?;
-    } else if insn.op0_register() == Register::None {
-        // Memory is written either way; a register keeps even its upper half.
-        cpu.set_operand(insn, 0, old)?;
-    }
-    if !equal {
+    let old = if insn.op0_kind() == OpKind::Memory {
+        // Written either way, as it was if it is another.
+        cpu.update_operand(insn, |old| if old == accumulator { new } else { old })?
+    } else {
+        let old = cpu.operand(insn, 0)?;
+        if old == accumulator {
+            // Else a register keeps even its upper half.
+            cpu.set_operand(insn, 0, new)?;
+        }
+        old
+    };
+    if old != accumulator {
         cpu.set_low(slot::RAX, bits, old);
     }
     cpu.flags.sub(accumulator, old, accumulator.wrapping_sub(old), bits);
     Ok(Flow::Next)
 }
 
+/// Replaces what is in memory by `new` if it is `expected`, and returns what was there.
+fn exchange_pair<T: Scalar>(cpu: &mut Cpu, insn: &Instruction, expected: u128, new: u128) -> Result<u128, Stop> {
+    let at = cpu.linear_address(insn);
+    let old = cpu.update::<T>(at, |old| if old.widen() == expected { T::narrow(new) } else { old });
+    old.map(T::widen).map_err(|stop| segment_fault(insn, stop))
+}
+
 pub(super) fn cmpxchg8b(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     let pair = |cpu: &Cpu, low: usize, high: usize| cpu.regs[low] & mask(32) | cpu.regs[high] << 32;
-    let old = cpu.load_for_store::<u64>(insn)?;
-    let equal = old == pair(cpu, slot::RAX, slot::RDX);
-    let new = if equal { pair(cpu, slot::RBX, slot::RCX) } else { old };
-    cpu.store(insn, new)?;
-    if !equal {
-        cpu.set_low(slot::RAX, 32, old);
-        cpu.set_low(slot::RDX, 32, old >> 32);
+    let expected = pair(cpu, slot::RAX, slot::RDX).into();
+    let old = exchange_pair::<u64>(cpu, insn, expected, pair(cpu, slot::RBX, slot::RCX).into())?;
+    if old != expected {
+        cpu.set_low(slot::RAX, 32, old as u64);
+        cpu.set_low(slot::RDX, 32, (old >> 32) as u64);
     }
-    cpu.flags.set_zf(equal);
+    cpu.flags.set_zf(old == expected);
     Ok(Flow::Next)
 }
 
@@ -99,15 +111,13 @@ pub(super) fn cmpxchg16b(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop
     if !cpu.linear_address(insn, 16, Access::Write)?.is_multiple_of(16) {
         return Err(Exception::general_protection(0).into());
     }
-    let old = cpu.load_for_store::<u128>(insn)?;
-    let equal = old == pair(cpu, slot::RAX, slot::RDX);
-    let new = if equal { pair(cpu, slot::RBX, slot::RCX) } else { old };
-    cpu.store(insn, new)?;
-    if !equal {
+    let expected = pair(cpu, slot::RAX, slot::RDX);
+    let old = exchange_pair::<u128>(cpu, insn, expected, pair(cpu, slot::RBX, slot::RCX))?;
+    if old != expected {
         cpu.regs[slot::RAX] = old as u64;
         cpu.regs[slot::RDX] = (old >> 64) as u64;
     }
-    cpu.flags.set_zf(equal);
+    cpu.flags.set_zf(old == expected);
     Ok(Flow::Next)
 }
 

@@ -159,9 +159,9 @@ impl Cpu {
         let (words, _) = bytes.as_chunks::<4>();
         for (at, word) in (gpa..).step_by(4).zip(words) {
             if let Some(offset) = self.ram.offset_of(GuestAddr(at)) {
-                self.note_ram_write(offset, 4);
                 // The offset is RAM; a word across its end is the guest's own mistake.
                 let _ = self.ram.store(offset, u32::from_le_bytes(*word));
+                self.note_ram_write(offset, 4);
             }
         }
     }

@@ -15,7 +15,7 @@ fn shift(
     cpu: &mut Cpu,
     insn: &Instruction,
     count: u32,
-    operation: impl FnOnce(&mut Flags, u64, u32, u32) -> u64,
+    operation: impl Fn(&mut Flags, u64, u32, u32) -> u64,
 ) -> Result<Flow, Stop> {
     let count = cpu.operand(insn, count)? as u32;
     let count = count & if operand_bits(insn, 0) == 64 { 0x3f } else { 0x1f };

@@ -13,6 +13,7 @@ use crate::hv::soft::fault::Stop;
 use crate::hv::soft::fetches::Fetches;
 use crate::hv::soft::flags::Flags;
 use crate::hv::soft::fpu::FpuState;
+use crate::hv::soft::peers::Sharing;
 use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
 use crate::hv::state::VcpuState;
@@ -37,6 +38,7 @@ impl Cpu {
         lapic: Lapic,
         ioapic: Arc<IoApic>,
         clock: Clock,
+        sharing: Sharing,
     ) -> Self {
         let mut cpu = Self {
             regs: [0; 256],
@@ -57,6 +59,7 @@ impl Cpu {
             tlb: Tlb::new(),
             lapic,
             clock,
+            sharing,
             ioapic,
             code_map: CodeMap::new(ram.size().0),
             ram,
@@ -188,7 +191,10 @@ impl Cpu {
     }
 
     fn restore_msrs(&mut self, msrs: &Msrs) {
-        self.clock.set_tsc(msrs.tsc);
+        // One clock for all: the boot processor's state says what it shows, in whatever order they are restored.
+        if self.lapic.id() == 0 {
+            self.clock.set_tsc(msrs.tsc);
+        }
         self.msrs = SystemMsrs {
             star: msrs.star,
             lstar: msrs.lstar,

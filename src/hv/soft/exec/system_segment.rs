@@ -60,12 +60,12 @@ fn store_table(cpu: &mut Cpu, insn: &Instruction, table: Table) -> Result<Flow, 
 
 pub(super) fn lgdt(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.gdtr = load_table(cpu, insn)?;
-    Ok(Flow::Next)
+    Ok(Flow::Sync)
 }
 
 pub(super) fn lidt(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     cpu.idtr = load_table(cpu, insn)?;
-    Ok(Flow::Next)
+    Ok(Flow::Sync)
 }
 
 pub(super) fn sgdt(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
@@ -131,7 +131,7 @@ pub(super) fn lldt(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         let (descriptor, base) = system_descriptor(cpu, selector, &[LDT])?;
         Segment { base, ..descriptor.segment(selector) }
     };
-    Ok(Flow::Next)
+    Ok(Flow::Sync)
 }
 
 pub(super) fn ltr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
@@ -147,7 +147,7 @@ pub(super) fn ltr(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
     descriptor.raw |= 2 << 40;
     cpu.write_descriptor(&descriptor)?;
     cpu.tr = Segment { base, ..descriptor.segment(selector) };
-    Ok(Flow::Next)
+    Ok(Flow::Sync)
 }
 
 /// The descriptor that LAR, LSL, VERR or VERW asks about, if the level may see it.

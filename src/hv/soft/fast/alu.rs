@@ -158,6 +158,53 @@ fn mr<A: Alu, T: Word, const F: bool, const I: bool>(cpu: &mut Cpu, op: &Op, res
     next!(cpu, rest, arena)
 }
 
+/// As [`mr`] that writes, as one access. Its flags are always computed.
+fn locked<A: Alu, T: Word, const I: bool>(cpu: &mut Cpu, op: &Op, rest: &[Op], arena: &[Op]) -> Leave {
+    let to = writable!(T, address::<I>(cpu, op), cpu, op, rest, arena);
+    let (b, before) = (get(cpu, op.src).wrapping_add(op.imm), cpu.flags);
+    let Some(mut a) = cpu.ram.load::<T>(to) else { return super::redecoded(cpu, op, rest, arena) };
+    loop {
+        let res = A::run::<T, true>(cpu, a.widen64(), b);
+        match cpu.ram.compare_exchange(to, a, T::cut(res)) {
+            Some(found) if found.widen64() == a.widen64() => break,
+            found => {
+                cpu.flags = before;
+                let Some(found) = found else { return super::redecoded(cpu, op, rest, arena) };
+                a = found;
+            }
+        }
+    }
+    next!(cpu, rest, arena)
+}
+
+fn locked_sized<A: Alu>(bits: u32, indexed: bool) -> Handler {
+    match (bits, indexed) {
+        (8, false) => locked::<A, u8, false>,
+        (8, true) => locked::<A, u8, true>,
+        (16, false) => locked::<A, u16, false>,
+        (16, true) => locked::<A, u16, true>,
+        (32, false) => locked::<A, u32, false>,
+        (32, true) => locked::<A, u32, true>,
+        (_, false) => locked::<A, u64, false>,
+        (_, true) => locked::<A, u64, true>,
+    }
+}
+
+/// The handler of an arithmetic instruction with LOCK, of the more frequent ones.
+pub(in super::super) fn locked_handler(mnemonic: iced_x86::Mnemonic, bits: u32, indexed: bool) -> Option<Handler> {
+    use iced_x86::Mnemonic as M;
+    Some(match mnemonic {
+        M::Add => locked_sized::<Add>(bits, indexed),
+        M::Sub => locked_sized::<Sub>(bits, indexed),
+        M::And => locked_sized::<And>(bits, indexed),
+        M::Or => locked_sized::<Or>(bits, indexed),
+        M::Xor => locked_sized::<Xor>(bits, indexed),
+        M::Inc => locked_sized::<Inc>(bits, indexed),
+        M::Dec => locked_sized::<Dec>(bits, indexed),
+        _ => return None,
+    })
+}
+
 /// Where the operands are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum Form {

@@ -77,11 +77,12 @@ pub(super) fn jump(cpu: &mut Cpu, target: u64, instructions: u8, arena: &[Op]) -
         return Leave::Budget;
     }
     match cpu.jumps.get(target, cpu.fetch_key(target)) {
-        Some(block) => {
+        // Who has learnt from another vCPU that there is code, as from a pointer to it, has also been told what it replaces.
+        Some(block) if !cpu.sharing.any_written() => {
             cpu.regs[slot::PAGE] = target & !(PAGE_SIZE - 1);
             enter(cpu, block, target, arena)
         }
-        None => {
+        _ => {
             cpu.rip = target;
             Leave::Lookup
         }

@@ -18,6 +18,7 @@ use crate::hv::soft::apic::{Bus, IoApic, Lapic};
 use crate::hv::soft::clock::Clock;
 use crate::hv::soft::cpu::{Cpu, cr0, cr4, efer, seg, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
+use crate::hv::soft::peers::{Peers, Sharing};
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
 use crate::units::{Bytes, GuestAddr};
@@ -67,9 +68,11 @@ pub(super) fn machine() -> Machine {
     let ram = Arc::new(GuestRam::new(Bytes::mib(8)).unwrap());
     let ioapic = Arc::new(IoApic::new(Bus::new(1)));
     let clock = Clock::manual();
+    let peers = Arc::new(Peers::new(Arc::clone(&ram), ioapic.bus().clone()));
+    let sharing = Sharing::new(peers, 0).unwrap();
     let mailbox = Arc::clone(ioapic.bus().mailbox(0).unwrap());
     let lapic = Lapic::new(0, mailbox, clock.clone(), Arc::clone(&ioapic));
-    let mut machine = Machine { cpu: Cpu::new(ram, Box::new(Ports), lapic, ioapic, clock) };
+    let mut machine = Machine { cpu: Cpu::new(ram, Box::new(Ports), lapic, ioapic, clock, sharing) };
     machine.tables();
     machine.registers();
     machine
