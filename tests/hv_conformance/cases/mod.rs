@@ -1,0 +1,34 @@
+//! The cases, a file a group. Sections are those of the Intel SDM, volume 3A unless another is named.
+
+pub(crate) mod apic;
+mod entry;
+mod exceptions;
+mod ioapic;
+mod lapic;
+mod paging;
+mod ports;
+mod timers;
+
+use iced_x86::code_asm::*;
+
+use crate::bench::Bench;
+use crate::bench::Case;
+use crate::bench::Outcome;
+use crate::bench::cases;
+use crate::guest::*;
+use crate::layout::*;
+use crate::machine::*;
+
+/// Every case.
+pub(crate) fn all() -> impl Iterator<Item = Case> {
+    let groups = [
+        entry::CASES,
+        paging::CASES,
+        exceptions::CASES,
+        ioapic::CASES,
+        lapic::CASES,
+        timers::CASES,
+        ports::CASES,
+    ];
+    groups.into_iter().flatten().copied()
+}
