@@ -3,13 +3,15 @@
 use iced_x86::Decoder;
 use iced_x86::DecoderOptions;
 use iced_x86::Mnemonic;
-use iced_x86::code_asm::rax;
+use iced_x86::code_asm::*;
 use kiln::hv::HvError;
 
 use crate::bench::Bench;
 use crate::cases::apic;
 use crate::guest::Guest;
 use crate::guest::keep;
+use crate::layout::DEVICE;
+use crate::layout::HOLE;
 use crate::machine::End;
 use crate::machine::Machine;
 use crate::machine::run_once;
@@ -85,5 +87,31 @@ pub(crate) const STOPPED_TIME: Ability = Ability {
         let first = machine.state().msrs.tsc;
         std::thread::sleep(std::time::Duration::from_millis(1));
         first == machine.state().msrs.tsc
+    },
+};
+
+/// SSE moves of 16 bytes from and to registers of devices.
+pub(crate) const SSE_MMIO: Ability = Ability {
+    name: "SSE MMIO",
+    lack: "does not execute SSE moves from and to devices",
+    probe: |bench| {
+        let guest = Guest::running(|a| {
+            a.mov(rbx, DEVICE)?;
+            a.movups(xmm0, xmmword_ptr(rbx))
+        });
+        matches!(run_once(bench, &guest), Ok(End::Done))
+    },
+};
+
+/// Operands whose first part is memory and whose second is not.
+pub(crate) const STRADDLING: Ability = Ability {
+    name: "straddling",
+    lack: "does not execute accesses that straddle the end of memory",
+    probe: |bench| {
+        let guest = Guest::running(|a| {
+            a.mov(rbx, HOLE - 4)?;
+            a.mov(qword_ptr(rbx), rbx)
+        });
+        matches!(run_once(bench, &guest), Ok(End::Done))
     },
 };

@@ -286,12 +286,11 @@ fn far_transfers_load_cs(bench: &Bench) -> Outcome {
         a.mov(ax, cs)?;
         a.movzx(rax, ax)?;
         keep(a, 0, rax)?;
-        // jmp far m16:64
+        // A far jump through m16:32. What REX.W makes of it differs between vendors.
         a.mov(rbx, POINTER)?;
-        a.db(&[0x48, 0xff, 0x2b])
+        a.db(&[0xff, 0x2b])
     });
-    guest.put(POINTER, SECOND_CODE);
-    guest.put(POINTER + 8, KERNEL_CS.into());
+    guest.put(POINTER, u64::from(KERNEL_CS) << 32 | SECOND_CODE);
     guest.code_at(SECOND_CODE, |a| {
         a.mov(ax, cs)?;
         a.movzx(rax, ax)?;

@@ -5,8 +5,10 @@ mod entry;
 mod exceptions;
 mod ioapic;
 mod lapic;
+mod mmio;
 mod paging;
 mod ports;
+mod strings;
 mod timers;
 
 use iced_x86::code_asm::*;
@@ -29,6 +31,8 @@ pub(crate) fn all() -> impl Iterator<Item = Case> {
         lapic::CASES,
         timers::CASES,
         ports::CASES,
+        mmio::CASES,
+        strings::CASES,
     ];
     groups.into_iter().flatten().copied()
 }
