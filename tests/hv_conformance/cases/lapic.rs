@@ -25,8 +25,10 @@ cases!(lapic:
 /// Keeps the order in which handlers ran: result 0 counts them, results from 1 on are their vectors.
 fn noting_handler(guest: &mut Guest, vector: u8) {
     guest.handler(vector, |a| {
+        a.push(rax)?;
         note(a, vector)?;
         end_of_interrupt(a)?;
+        a.pop(rax)?;
         a.iretq()
     });
 }
