@@ -115,3 +115,20 @@ pub(crate) const STRADDLING: Ability = Ability {
         matches!(run_once(bench, &guest), Ok(End::Done))
     },
 };
+
+/// CPUID at level 3 says what the engine was told. A hypervisor without hardware support runs level 3 on the host's
+/// processor, whose CPUID faults only where the host can make it.
+pub(crate) const USER_CPUID: Ability = Ability {
+    name: "user CPUID",
+    lack: "lets CPUID at level 3 see the host's processor",
+    probe: |bench| {
+        const HYPERVISOR: u32 = 0x4000_0000;
+        let mut guest = Guest::new();
+        guest.user(|a| {
+            a.mov(eax, HYPERVISOR)?;
+            a.cpuid()
+        });
+        let Ok(mut machine) = Machine::new(bench, &guest) else { return false };
+        matches!(machine.run(), Ok(End::Done)) && machine.state().gpr[3] as u32 == u32::from_le_bytes(*b"KVMK")
+    },
+};

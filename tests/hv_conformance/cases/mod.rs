@@ -1,13 +1,22 @@
 //! The cases, a file a group. Sections are those of the Intel SDM, volume 3A unless another is named.
 
 pub(crate) mod apic;
+mod code;
+mod cpuid;
+mod dirty_log;
 mod entry;
 mod exceptions;
+mod fpu;
 mod ioapic;
+mod ipi;
 mod lapic;
+mod locked;
 mod mmio;
+mod msrs;
 mod paging;
 mod ports;
+mod privilege;
+mod shadow;
 mod strings;
 mod timers;
 
@@ -33,6 +42,15 @@ pub(crate) fn all() -> impl Iterator<Item = Case> {
         ports::CASES,
         mmio::CASES,
         strings::CASES,
+        privilege::CASES,
+        msrs::CASES,
+        cpuid::CASES,
+        code::CASES,
+        fpu::CASES,
+        shadow::CASES,
+        dirty_log::CASES,
+        ipi::CASES,
+        locked::CASES,
     ];
     groups.into_iter().flatten().copied()
 }
