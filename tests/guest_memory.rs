@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use guest::DEADLINE;
 use kiln::exec;
-use kiln::hv::soft::Soft;
 use kiln::snapshot::{Contents, Origin, Snapshot};
 use kiln::units::Bytes;
 use kiln::vmm::Machine;
@@ -62,7 +61,7 @@ async fn save(machine: &mut Machine, folder: &TempDir, name: &str, since: Option
 }
 
 async fn restore(snapshot: &Snapshot, root: &Root) -> Machine {
-    let mut machine = snapshot.restore(&Soft::new(), &root.disks()).await.expect("restores");
+    let mut machine = snapshot.restore(guest::engine().as_ref(), &root.disks()).await.expect("restores");
     machine.resume();
     machine
 }

@@ -117,7 +117,7 @@ async fn without_the_renewal_restored_guests_would_draw_the_same_random_numbers(
     for _ in 0..2 {
         // As `Vm` restores, without what it tells the guest.
         let disk = Arc::new(kiln::block::ConcatBackend::open(&files).expect("the root image"));
-        let mut machine = snapshot.restore(&kiln::hv::soft::Soft::new(), &[disk]).await.expect("restores");
+        let mut machine = snapshot.restore(guest::engine().as_ref(), &[disk]).await.expect("restores");
         machine.resume();
         let exec = exec::ExecBuilder::over(Arc::new(machine.connector().clone()));
         // The kernel makes a new key by itself once in a while; at once it has none.

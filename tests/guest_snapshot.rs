@@ -12,7 +12,6 @@ use std::time::Duration;
 use futures::future::join_all;
 use guest::DEADLINE;
 use kiln::exec;
-use kiln::hv::soft::Soft;
 use kiln::snapshot::{Contents, Kind, Origin, Snapshot};
 use kiln::transport::Connector;
 use kiln::units::Bytes;
@@ -46,7 +45,7 @@ async fn save(machine: &Machine, folder: &TempDir, name: &str, since: Option<&Sn
 }
 
 async fn restore(snapshot: &Snapshot, root: &Root) -> Machine {
-    let mut machine = snapshot.restore(&Soft::new(), &root.disks()).await.expect("restores");
+    let mut machine = snapshot.restore(guest::engine().as_ref(), &root.disks()).await.expect("restores");
     machine.resume();
     machine
 }

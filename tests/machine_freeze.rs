@@ -14,7 +14,6 @@ use bare_machine::resumed;
 use bare_machine::start;
 use bare_machine::start_with;
 use iced_x86::code_asm::{qword_ptr, r15, rdi};
-use kiln::hv::soft::Soft;
 use kiln::mem::GuestRam;
 use kiln::vmm::{Frozen, Machine};
 
@@ -115,10 +114,10 @@ async fn freeze_often(machine: &mut Machine, seed: u64) -> Frozen {
 async fn images_of_a_writing_guest_and_of_its_clones_are_of_one_instant() {
     let mut machine = start(&writer()).await;
     let frozen = freeze_often(&mut machine, 1).await;
-    let mut clone = frozen.restore(&Soft::new(), &[]).await.expect("restored");
+    let mut clone = frozen.restore(bare_machine::engine().as_ref(), &[]).await.expect("restored");
     clone.resume();
     let frozen = freeze_often(&mut clone, 2).await;
-    let mut third = frozen.restore(&Soft::new(), &[]).await.expect("restored");
+    let mut third = frozen.restore(bare_machine::engine().as_ref(), &[]).await.expect("restored");
     third.resume();
     go_on(&third, 100).await;
     check(&third.freeze().await.expect("kept"));

@@ -125,7 +125,7 @@ fn device(change: impl Fn(&mut TransportState) + 'static) -> Forgery {
 type Forgery = Box<dyn Fn(String) -> String>;
 
 async fn runs_on(snapshot: &Snapshot) {
-    let mut machine = snapshot.restore(&Soft::new(), &[]).await.expect("restores");
+    let mut machine = snapshot.restore(bare_machine::engine().as_ref(), &[]).await.expect("restores");
     machine.resume();
     set_flag(&machine);
     heard(&machine, "b").await;
@@ -236,7 +236,7 @@ async fn what_does_not_belong_together_is_refused_by_name() {
     let error = snapshot.restore(&Other(Soft::new()), &[]).await.expect_err("another processor");
     assert!(matches!(&error, SnapshotError::Restore(RestoreError::CpuProfile { .. })), "{error}");
     let disk = Arc::new(kiln::block::FileBackend::new(tempfile::tempfile().expect("a file")).expect("a disk"));
-    let error = snapshot.restore(&Soft::new(), &[disk]).await.expect_err("a disk too many");
+    let error = snapshot.restore(bare_machine::engine().as_ref(), &[disk]).await.expect_err("a disk too many");
     assert!(matches!(&error, SnapshotError::Restore(RestoreError::Devices { wanted: 3, given: 4 })), "{error}");
 }
 
@@ -363,7 +363,7 @@ async fn forged_states_are_errors_that_say_what_is_wrong() {
         forge(&folder.path().join("one"), change);
         let error = match Snapshot::open(&folder.path().join("one")) {
             Err(error) => error,
-            Ok(snapshot) => snapshot.restore(&Soft::new(), &[]).await.expect_err(wanted),
+            Ok(snapshot) => snapshot.restore(bare_machine::engine().as_ref(), &[]).await.expect_err(wanted),
         };
         let chain = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
         let text = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
@@ -392,7 +392,7 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let (_, ram) = fresh(&code());
-            if let Ok(mut machine) = kiln::vmm::Machine::restore(&Soft::new(), &state, ram, &[]).await {
+            if let Ok(mut machine) = kiln::vmm::Machine::restore(bare_machine::engine().as_ref(), &state, ram, &[]).await {
                 machine.resume();
                 tokio::task::yield_now().await;
                 let _ = machine.pause().await;

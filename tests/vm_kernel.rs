@@ -1,9 +1,12 @@
-//! The machine with a real kernel on the software engine. Needs the kernel that `cargo xtask kernel` builds.
+//! The machine with a real kernel. Needs the kernel that `cargo xtask kernel` builds.
+
+#[path = "support/engine.rs"]
+mod engine;
 
 use std::fs::File;
 use std::time::Duration;
 
-use kiln::hv::soft::Soft;
+use engine::engine;
 use kiln::units::Bytes;
 use kiln::vm::Assets;
 use kiln::vmm::boot::cpio::Archive;
@@ -22,7 +25,7 @@ async fn boot(initramfs: Vec<u8>) -> (Machine, MachineEnd) {
         verbose_boot: true,
         extra_cmdline: String::new(),
     };
-    let machine = tokio::task::spawn_blocking(move || Machine::start(&Soft::new(), config)).await.unwrap().unwrap();
+    let machine = tokio::task::spawn_blocking(move || Machine::start(engine().as_ref(), config)).await.unwrap().unwrap();
     let end = tokio::time::timeout(Duration::from_secs(60), machine.ended()).await.expect("the boot ends");
     (machine, end)
 }

@@ -20,7 +20,18 @@ pub(crate) struct Engine {
 
 /// All of them.
 pub(crate) fn all() -> Vec<Engine> {
-    vec![Engine { name: SOFT, hypervisor: Ok(Arc::new(Soft::new())) }]
+    vec![Engine { name: SOFT, hypervisor: Ok(Arc::new(Soft::new())) }, kvm()]
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn kvm() -> Engine {
+    let engine = kiln::hv::kvm::Kvm::new().map(|engine| Arc::new(engine) as Arc<dyn Hypervisor>);
+    Engine { name: "kvm", hypervisor: engine.map_err(|error| chain(&error)) }
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn kvm() -> Engine {
+    Engine { name: "kvm", hypervisor: Err("KVM is Linux's, and this engine x86-64 only".to_owned()) }
 }
 
 /// An error with what caused it.

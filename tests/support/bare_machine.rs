@@ -4,13 +4,14 @@
 //! as `bare` has it.
 #![allow(dead_code, reason = "each test binary includes this file and uses its part")]
 
+#[path = "engine.rs"]
+mod engine;
+
 use std::io::Write;
 
 use futures::future::Either;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use kiln::hv::Hypervisor;
-use kiln::hv::soft::Soft;
 use kiln::hv::state::IrqChipState;
 use kiln::mem::GuestRam;
 use kiln::units::Bytes;
@@ -21,6 +22,8 @@ use kiln::vmm::devices::serial::SerialState;
 use kiln::vmm::devices::virtio::DeviceState;
 use kiln::vmm::devices::virtio::QueueState;
 use kiln::vmm::devices::virtio::TransportState;
+
+pub(crate) use engine::engine;
 
 use crate::bare;
 use crate::bare::CODE;
@@ -164,7 +167,7 @@ pub(crate) fn fresh_with(programs: &[Vec<u8>]) -> (MachineState, GuestRam) {
     let balloon = DeviceState::Balloon { target: 0, actual: 0, generation: 0, untold: false };
     let state = MachineState {
         version: MACHINE_STATE_VERSION,
-        cpu_profile: Soft::new().cpu_profile().to_owned(),
+        cpu_profile: engine().cpu_profile().to_owned(),
         memory: MEMORY,
         vcpus: (0..programs.len()).map(vcpu).collect(),
         irqchip: IrqChipState::default(),
@@ -192,7 +195,7 @@ pub(crate) async fn start_with(programs: &[Vec<u8>]) -> Machine {
 
 /// A machine that goes on from `state`.
 pub(crate) async fn resumed(state: &MachineState, ram: GuestRam) -> Machine {
-    let mut machine = Machine::restore(&Soft::new(), state, ram, &[]).await.expect("a valid state");
+    let mut machine = Machine::restore(engine().as_ref(), state, ram, &[]).await.expect("a valid state");
     machine.resume();
     machine
 }

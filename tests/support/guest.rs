@@ -1,10 +1,12 @@
-//! What the guest tests share: images with the distribution's `busybox`, real VMs on the software
-//! engine, and running shell lines in them. Kernel and agent are the cached ones that `cargo xtask` builds.
+//! What the guest tests share: images with the distribution's `busybox`, real VMs on the engine
+//! under test, and running shell lines in them. Kernel and agent are the cached ones that `cargo xtask` builds.
 #![allow(dead_code, unreachable_pub, reason = "each test binary includes this file and uses its part")]
+
+#[path = "engine.rs"]
+mod engine;
 
 use std::fs;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -16,7 +18,6 @@ use kiln::ExecStdout;
 use kiln::Image;
 use kiln::Vm;
 use kiln::VmConfig;
-use kiln::hv::soft::Soft;
 use serde_json::Value;
 use serde_json::json;
 use tokio::io::AsyncReadExt;
@@ -29,15 +30,17 @@ use crate::image_support::Place;
 use crate::image_support::Tar;
 use crate::image_support::run;
 
+pub use engine::engine;
+
 /// Of Debian's `busybox-static`.
 pub const BUSYBOX: &str = "/bin/busybox";
 
 /// No command of these tests takes anywhere near as long, also on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// The settings of every test's VM: the software engine, whatever this host could do better.
+/// The settings of every test's VM.
 pub fn config() -> VmConfig {
-    VmConfig::new().engine(Arc::new(Soft::new()))
+    VmConfig::new().engine(engine())
 }
 
 /// The names under which the host's busybox answers.

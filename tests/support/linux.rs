@@ -11,7 +11,6 @@ use kiln::ExecBuilder;
 use kiln::block::BlockBackend;
 use kiln::block::ConcatBackend;
 use kiln::exec;
-use kiln::hv::soft::Soft;
 use kiln::rootfs;
 use kiln::units::Bytes;
 use kiln::vm::Assets;
@@ -23,6 +22,7 @@ use serde_json::json;
 
 use crate::guest::DEADLINE;
 use crate::guest::busybox_image;
+use crate::guest::engine;
 use crate::image_support::Place;
 
 /// A busybox root filesystem.
@@ -62,7 +62,7 @@ pub async fn boot(root: &Root, memory: Bytes) -> Machine {
         verbose_boot: false,
         extra_cmdline: String::new(),
     };
-    let start = move || Machine::start(&Soft::new(), config).expect("starts");
+    let start = move || Machine::start(engine().as_ref(), config).expect("starts");
     let machine = tokio::task::spawn_blocking(start).await.expect("no panic");
     exec::wait_ready(machine.connector(), DEADLINE).await.expect("boots");
     machine

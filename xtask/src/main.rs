@@ -48,7 +48,12 @@ enum Task {
     /// Make an OCI layout of the distribution's busybox, the image of the demo and the benchmarks.
     BusyboxImage,
     /// Install and build whatever the tests need, then run all of them.
-    Test,
+    Test {
+        /// The engine to run guests on, where a test is not about one of them. The suite that compares engines runs
+        /// them all in any case.
+        #[arg(long, value_name = "NAME")]
+        engine: Option<test::Engine>,
+    },
     /// Install what the benchmarks compare with, then run all of them.
     Bench {
         /// The benchmarks to run: boot, exec_rtt, exec_sessions, exec_throughput, soft_cpu.
@@ -81,7 +86,7 @@ fn main() -> Result<()> {
             println!("{}", agent.display());
         }
         Task::BusyboxImage => println!("{}", busybox_image::ensure()?.display()),
-        Task::Test => test::run()?,
+        Task::Test { engine } => test::run(engine)?,
         Task::Bench { names } => bench::run(&names)?,
         Task::Fuzz { targets, seconds } => fuzz::run(&targets, seconds)?,
         Task::Ci => process::run(&mut workspace::ci_script())?,

@@ -31,13 +31,37 @@ const PACKAGES: &[&str] = &[
     "umoci",
 ];
 
-/// Prepares and runs all tests of the workspace, documentation examples included.
-pub(crate) fn run() -> Result<()> {
+/// What `tests/support/engine.rs` reads.
+const ENGINE_VARIABLE: &str = "KILN_TEST_ENGINE";
+
+/// An engine to run guests on.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Engine {
+    /// The software engine.
+    Soft,
+    /// The host's KVM. An error where there is none.
+    Kvm,
+    /// What the library takes when a program names none.
+    Auto,
+}
+
+impl Engine {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Soft => "soft",
+            Self::Kvm => "kvm",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// Prepares and runs all tests of the workspace, documentation examples included; guests run on `engine`.
+pub(crate) fn run(engine: Option<Engine>) -> Result<()> {
     let started = Instant::now();
     packages::ensure("the tests", PACKAGES)?;
     build()?;
     let prepared = started.elapsed();
-    let tests = cargo_test()?;
+    let tests = cargo_test(engine)?;
     println!(
         "\nprepared in {}, ran {} tests in {}: {} passed, {} failed, {} ignored",
         seconds(prepared),
@@ -73,8 +97,13 @@ struct Tests {
     ignored: u64,
 }
 
-fn cargo_test() -> Result<Tests> {
+fn cargo_test(engine: Option<Engine>) -> Result<Tests> {
     let mut cargo = workspace::cargo();
+    // Nothing that a shell happened to have set.
+    cargo.env_remove(ENGINE_VARIABLE);
+    if let Some(engine) = engine {
+        cargo.env(ENGINE_VARIABLE, engine.name());
+    }
     cargo.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     if std::io::stdout().is_terminal() {
         cargo.args(["--color", "always"]);

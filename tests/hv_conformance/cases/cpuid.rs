@@ -41,7 +41,7 @@ fn leaves() -> impl Iterator<Item = u32> {
     (0..BASIC).chain(0x4000_0000..0x4000_0011).chain(0x8000_0000..0x8000_0009)
 }
 
-fn all(bench: &Bench) -> Result<Vec<((u32, u32), [u32; 4])>, crate::bench::Skip> {
+fn all(bench: &Bench) -> Result<Vec<((u32, u32), [u32; 4])>, Skip> {
     let guest = asking();
     run_to_end(bench, &guest)?;
     let bytes = guest.bytes(DATA, (LEAVES * SUBLEAVES * 16) as usize);
@@ -110,11 +110,7 @@ fn level_3_sees_the_same(bench: &Bench) -> Outcome {
 
 /// The software engine is what the others are compared with, and what it says twice is the same.
 fn engines_with_one_profile_agree(bench: &Bench) -> Outcome {
-    let soft = bench.beside(crate::engines::SOFT)?;
-    let (profile, reference) = (bench.hypervisor().cpu_profile(), soft.hypervisor().cpu_profile());
-    if profile != reference {
-        return Err(crate::bench::Skip(format!("its profile is {profile}, and the software engine's {reference}")));
-    }
+    let soft = soft_of_same_profile(bench)?;
     for (((leaf, subleaf), ours), (_, theirs)) in all(bench)?.into_iter().zip(all(&soft)?) {
         assert_eq!(ours, theirs, "leaf {leaf:#x}, subleaf {subleaf}");
     }

@@ -17,7 +17,7 @@ cases!(dirty_log:
 
 type Pages = BTreeSet<u64>;
 
-fn take(machine: &Machine, bench: &Bench) -> Result<Pages, crate::bench::Skip> {
+fn take(machine: &Machine, bench: &Bench) -> Result<Pages, Skip> {
     let log = machine.vm.take_dirty_log().map_err(|error| bench.refused("taking the log", &error))?;
     Ok(log.iter().collect())
 }
@@ -27,7 +27,7 @@ fn start(machine: &Machine, bench: &Bench) -> Outcome {
 }
 
 /// Runs once without a log, so that all accessed and dirty bits are set; then once with it, and what it tells.
-fn logged(bench: &Bench, guest: &Guest) -> Result<Pages, crate::bench::Skip> {
+fn logged(bench: &Bench, guest: &Guest) -> Result<Pages, Skip> {
     let mut machine = Machine::new(bench, guest)?;
     machine.run()?.done();
     machine.restore(&guest.state);

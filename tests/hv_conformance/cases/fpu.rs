@@ -59,7 +59,7 @@ fn fxrstor_is_saved(bench: &Bench) -> Outcome {
 }
 
 /// Runs `build` at both levels with RBX at data of 64 bytes; both must leave the same, which is returned.
-fn at_both_levels(bench: &Bench, data: &[u64], build: Build) -> Result<(kiln::hv::state::x86_64::Fpu, Vec<u64>), crate::bench::Skip> {
+fn at_both_levels(bench: &Bench, data: &[u64], build: Build) -> Result<(kiln::hv::state::x86_64::Fpu, Vec<u64>), Skip> {
     let mut kernel = Guest::running(build);
     let mut user = Guest::new();
     user.user(build);

@@ -88,11 +88,11 @@ fn ready_and_halt(a: &mut CodeAssembler) -> Assembled {
 }
 
 /// Runs both, vCPU 1 from [`initial_state`] on; vCPU 0 must come to its end.
-fn run_pair(bench: &Bench, guest: &Guest) -> Result<VcpuState, crate::bench::Skip> {
+fn run_pair(bench: &Bench, guest: &Guest) -> Result<VcpuState, Skip> {
     run_from(bench, guest, Some(initial_state(1)))
 }
 
-fn run_from(bench: &Bench, guest: &Guest, second: Option<VcpuState>) -> Result<VcpuState, crate::bench::Skip> {
+fn run_from(bench: &Bench, guest: &Guest, second: Option<VcpuState>) -> Result<VcpuState, Skip> {
     let mut ended = run_together(bench, guest, &[Some(guest.state.clone()), second])?;
     let second = ended.pop().expect("two");
     let first = ended.pop().expect("two");

@@ -23,7 +23,7 @@ const ROUNDS: u32 = 20_000;
 const DONE: u64 = 30;
 
 /// Runs `round` [`ROUNDS`] times on both vCPUs; `round` has RDI at [`DATA`], and may use all but RCX.
-fn both(bench: &Bench, round: impl Fn(&mut CodeAssembler) -> Assembled) -> Result<Guest, crate::bench::Skip> {
+fn both(bench: &Bench, round: impl Fn(&mut CodeAssembler) -> Assembled) -> Result<Guest, Skip> {
     let body = |a: &mut CodeAssembler| {
         let mut again = a.create_label();
         a.mov(edi, DATA as u32)?;
@@ -48,7 +48,7 @@ fn both(bench: &Bench, round: impl Fn(&mut CodeAssembler) -> Assembled) -> Resul
     run_both(bench, guest)
 }
 
-fn run_both(bench: &Bench, guest: Guest) -> Result<Guest, crate::bench::Skip> {
+fn run_both(bench: &Bench, guest: Guest) -> Result<Guest, Skip> {
     let states = [Some(guest.state.clone()), Some(initial_state(1))];
     let mut ended = run_together(bench, &guest, &states)?;
     assert_eq!(ended.pop().expect("two").end?, End::Kicked, "vCPU 1");

@@ -29,7 +29,7 @@ fn write(at: u64, size: usize, value: u64) -> Access {
 }
 
 /// Runs `build` with RBX at the device's registers, and gives the machine back after it.
-fn device(bench: &Bench, answers: &[u64], build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Result<(Guest, Machine), crate::bench::Skip> {
+fn device(bench: &Bench, answers: &[u64], build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Result<(Guest, Machine), Skip> {
     let guest = Guest::running(|a| {
         a.mov(rbx, DEVICE)?;
         build(a)

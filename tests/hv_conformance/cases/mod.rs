@@ -16,6 +16,7 @@ mod msrs;
 mod paging;
 mod ports;
 mod privilege;
+mod save_everywhere;
 mod shadow;
 mod strings;
 mod timers;
@@ -25,6 +26,7 @@ use iced_x86::code_asm::*;
 use crate::bench::Bench;
 use crate::bench::Case;
 use crate::bench::Outcome;
+use crate::bench::Skip;
 use crate::bench::cases;
 use crate::guest::*;
 use crate::layout::*;
@@ -51,6 +53,16 @@ pub(crate) fn all() -> impl Iterator<Item = Case> {
         dirty_log::CASES,
         ipi::CASES,
         locked::CASES,
+        save_everywhere::CASES,
     ];
     groups.into_iter().flatten().copied()
+}
+
+/// The software engine, for a comparison with one that shows guests the same processor.
+fn soft_of_same_profile(bench: &Bench) -> Result<Bench, Skip> {
+    let soft = bench.beside(crate::engines::SOFT)?;
+    match (bench.hypervisor().cpu_profile(), soft.hypervisor().cpu_profile()) {
+        (ours, theirs) if ours == theirs => Ok(soft),
+        (ours, theirs) => Err(Skip(format!("its profile is {ours}, and the software engine's {theirs}"))),
+    }
 }

@@ -60,7 +60,7 @@ fn guest() -> Guest {
 }
 
 /// Touches `address` once.
-fn access(machine: &mut Machine, address: u64, access: u64, user: bool) -> Result<End, crate::bench::Skip> {
+fn access(machine: &mut Machine, address: u64, access: u64, user: bool) -> Result<End, Skip> {
     let mut guest = Guest::new();
     if user {
         guest.enter_user();
