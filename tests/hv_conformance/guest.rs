@@ -131,10 +131,21 @@ impl Guest {
         self.put_bytes(at, &assemble(at, |a| build(a).and_then(|()| finish(a))));
     }
 
-    /// Code of vCPU 0 at privilege level 3, with the right to use ports.
+    /// Code of vCPU 0 at privilege level 3; the run ends where it ends. INT3 is its way into the kernel.
     pub(crate) fn user(&mut self, build: impl FnOnce(&mut CodeAssembler) -> Assembled) {
-        self.code_at(USER_CODE, build);
+        self.user_at(USER_CODE, build);
         self.enter_user();
+    }
+
+    /// Code of privilege level 3 at `at`.
+    pub(crate) fn user_at(&self, at: u64, build: impl FnOnce(&mut CodeAssembler) -> Assembled) {
+        self.put_bytes(at, &assemble(at, |a| build(a).and_then(|()| finish_user(a))));
+    }
+
+    /// A handler for INT3 of level 3.
+    pub(crate) fn call_handler(&mut self, build: impl FnOnce(&mut CodeAssembler) -> Assembled) {
+        let handler = self.handler(3, build);
+        self.gate(3, handler, USER_GATE);
     }
 
     /// Makes vCPU 0 begin at privilege level 3, at [`USER_CODE`].
@@ -143,7 +154,6 @@ impl Guest {
         self.state.segments = [data, flat(USER_CS, KERNEL_CODE | DPL3), data, data, data, data];
         self.state.rip = USER_CODE;
         self.state.gpr[4] = USER_STACK;
-        self.state.rflags |= IOPL3;
     }
 
     /// A handler of the case's own for `vector`, entered through an interrupt gate of level 0. It returns by itself.
@@ -245,6 +255,14 @@ pub(crate) fn stop(a: &mut CodeAssembler, port: u16) -> Assembled {
 /// Ends the run.
 pub(crate) fn finish(a: &mut CodeAssembler) -> Assembled {
     stop(a, EXIT_PORT)
+}
+
+/// What ends a run at level 3, where not every host lets a guest use ports: UD2, and a mark.
+pub(crate) const USER_END: u32 = u32::from_le_bytes([0x0f, 0x0b, b'K', b'N']);
+
+/// Ends the run at level 3.
+pub(crate) fn finish_user(a: &mut CodeAssembler) -> Assembled {
+    a.db(&USER_END.to_le_bytes())
 }
 
 /// A point of the program with number `n`; EAX is lost.

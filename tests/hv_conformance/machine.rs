@@ -20,7 +20,13 @@ use crate::bus::Access;
 use crate::bus::Bus;
 use crate::bus::Stop;
 use crate::guest::Guest;
+use crate::guest::USER_END;
 use crate::guest::pass_stop;
+use crate::layout::STUB_BYTES;
+use crate::layout::STUBS;
+
+/// The resume flag, which a fault's frame has set.
+const RF: u64 = 1 << 16;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +66,15 @@ impl End {
         match self {
             Self::Trap(trap) => trap,
             other => panic!("no trap but {other:x?}"),
+        }
+    }
+
+    /// The trap of one row of a table.
+    #[track_caller]
+    pub(crate) fn trap_of(self, row: impl FnOnce() -> String) -> Trap {
+        match self {
+            Self::Trap(trap) => trap,
+            other => panic!("{}: no trap but {other:x?}", row()),
         }
     }
 
@@ -131,6 +146,18 @@ impl Machine {
         self.vcpu.save().expect("saves")
     }
 
+    /// The state when the guest came to its end: for code of level 3, that before the trap by which it did.
+    pub(crate) fn state_at_end(&mut self) -> VcpuState {
+        let mut state = self.state();
+        if !(STUBS..STUBS + 256 * STUB_BYTES).contains(&state.rip) {
+            return state;
+        }
+        let trap = trap(6, &state, &self.ram);
+        (state.gpr, state.rip, state.rflags) = (trap.gpr, trap.rip, trap.rflags & !RF);
+        (state.segments[1].selector, state.segments[2].selector) = (trap.cs as u16, trap.ss as u16);
+        state
+    }
+
     #[track_caller]
     pub(crate) fn restore(&mut self, state: &VcpuState) {
         self.stopped = false;
@@ -152,7 +179,7 @@ pub(crate) fn run_once(bench: &Bench, guest: &Guest) -> Result<End, Skip> {
 pub(crate) fn run_to_end(bench: &Bench, guest: &Guest) -> Result<VcpuState, Skip> {
     let mut machine = Machine::new(bench, guest)?;
     machine.run()?.done();
-    Ok(machine.state())
+    Ok(machine.state_at_end())
 }
 
 /// How one of several vCPUs ended, and its state then.
@@ -242,10 +269,18 @@ fn run(bench: &Bench, vcpu: &mut dyn Vcpu, bus: &Bus, ram: &GuestRam) -> Result<
     };
     Ok(match stop {
         Some(Stop::Exit) => End::Done,
-        Some(Stop::Trap(vector)) => End::Trap(trap(vector, &vcpu.save().expect("saves"), ram)),
+        Some(Stop::Trap(vector)) => {
+            let trap = trap(vector, &vcpu.save().expect("saves"), ram);
+            if is_user_end(&trap, ram) { End::Done } else { End::Trap(trap) }
+        }
         Some(Stop::Point(point)) => End::Point(point),
         None => End::Kicked,
     })
+}
+
+/// Whether the trap is how code of level 3 ends a run.
+fn is_user_end(trap: &Trap, ram: &GuestRam) -> bool {
+    trap.vector == 6 && trap.cs & 3 == 3 && ram.load(trap.rip) == Some(USER_END)
 }
 
 /// What a stub's stack says: RAX, the error code, and the processor's own frame.

@@ -150,9 +150,12 @@ fn accessed_and_dirty_bits_are_writes(bench: &Bench) -> Outcome {
 }
 
 fn frames_of_exceptions_are_writes(bench: &Bench) -> Outcome {
-    let mut guest = Guest::running(|a| a.int(0x40));
-    guest.handler(0x40, |a| a.iretq());
-    guest.gate(0x40, HANDLERS, INTERRUPT_GATE | 2);
+    let mut guest = Guest::running(|a| a.ud2());
+    let handler = guest.handler(6, |a| {
+        a.add(qword_ptr(rsp), 2)?;
+        a.iretq()
+    });
+    guest.gate(6, handler, INTERRUPT_GATE | 2);
     assert_eq!(logged(bench, &guest)?, pages([IST2 - 0x1000]));
     Ok(())
 }
@@ -192,6 +195,6 @@ fn level_3_writes_are_logged(bench: &Bench) -> Outcome {
         a.mov(rax, qword_ptr(USER_DATA + 0x1000))?;
         a.push(rax)
     });
-    assert_eq!(logged(bench, &guest)?, pages([USER_DATA, USER_STACK - 0x1000]));
+    assert_eq!(logged(bench, &guest)?, pages([USER_DATA, USER_STACK - 0x1000, RSP0 - 0x1000]), "and the frame of the end");
     Ok(())
 }

@@ -145,6 +145,7 @@ fn double_fault(bench: &Bench) -> Outcome {
     assert_eq!((trap.vector, trap.error, trap.rsp, trap.cr2), (8, 0, WINDOW + 0x1000, WINDOW + 0xff8));
     assert_eq!(trap.frame, IST1 - 40);
     // A benign exception whose delivery fails is only the second one.
+    bench.needs(&crate::abilities::BENIGN_EXCEPTIONS)?;
     let guest = Guest::running(|a| a.ud2());
     guest.gate(6, Guest::stub(6), 0x0e00);
     let trap = run_once(bench, &guest)?.trap();
@@ -154,6 +155,7 @@ fn double_fault(bench: &Bench) -> Outcome {
 
 /// 7.15, interrupt 10: the TSS ends before the stack pointer that a gate asks for.
 fn invalid_tss(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::TSS_LIMITS)?;
     let mut guest = Guest::running(|a| a.ud2());
     guest.gate(6, Guest::stub(6), INTERRUPT_GATE | 1);
     guest.state.tr.limit = 0x23;
@@ -225,6 +227,7 @@ fn no_alignment_check(bench: &Bench) -> Outcome {
     const AM: u64 = 1 << 18;
     const AC: u64 = 1 << 18;
     let build: Build = |a| a.mov(eax, dword_ptr(USER_DATA + 1));
+    bench.needs(&crate::abilities::UNCHECKED_ALIGNMENT)?;
     for (control, rflags, user) in [(CR0, AC, true), (CR0 | AM, 0, true), (CR0 | AM, AC, false)] {
         let mut guest = Guest::running(build);
         if user {
@@ -297,14 +300,18 @@ fn faults_save_rf_and_traps_do_not(bench: &Bench) -> Outcome {
 fn interrupt_gates_clear_if_and_trap_gates_do_not(bench: &Bench) -> Outcome {
     const AC_DF: u64 = 1 << 18 | 1 << 10;
     for (gate, expected) in [(INTERRUPT_GATE, 0), (TRAP_GATE, IF)] {
-        let mut guest = Guest::running(|a| a.int(0x40));
-        let handler = guest.handler(0x40, |a| {
+        let mut guest = Guest::running(|a| a.ud2());
+        let handler = guest.handler(6, |a| {
             a.pushfq()?;
             a.pop(rax)?;
             keep(a, 0, rax)?;
+            // Over the two bytes of UD2, with the flags as they are.
+            a.mov(rax, qword_ptr(rsp))?;
+            a.lea(rax, ptr(rax + 2))?;
+            a.mov(qword_ptr(rsp), rax)?;
             a.iretq()
         });
-        guest.gate(0x40, handler, gate);
+        guest.gate(6, handler, gate);
         guest.state.rflags = RFLAGS | IF | AC_DF | 0x8d5;
         let state = run_to_end(bench, &guest)?;
         assert_eq!(guest.result(0), RFLAGS | expected | AC_DF | 0x8d5);
@@ -315,6 +322,7 @@ fn interrupt_gates_clear_if_and_trap_gates_do_not(bench: &Bench) -> Outcome {
 
 /// 7.12.1.1: a gate of level 0 is not for INT n of level 3; exceptions do not care.
 fn software_interrupts_check_the_gates_level(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::USER_INT)?;
     let mut guest = Guest::new();
     guest.user(|a| a.int(0x80));
     let trap = run_once(bench, &guest)?.trap();
@@ -351,11 +359,10 @@ fn error_codes_name_the_gate(bench: &Bench) -> Outcome {
 /// 7.14.2: the frame begins at a multiple of 16.
 fn frames_are_aligned(bench: &Bench) -> Outcome {
     for off in 0..16 {
-        let mut guest = Guest::running(|a| a.int(0x40));
+        let mut guest = Guest::running(|a| a.ud2());
         guest.state.gpr[4] = STACK - off;
         let trap = run_once(bench, &guest)?.trap();
         let top = (STACK - off) & !15;
-        // The stub has pushed a code of its own and RAX; what the processor pushed is five words.
         assert_eq!((trap.rsp, trap.frame), (STACK - off, top - 40));
     }
     Ok(())
@@ -381,8 +388,8 @@ fn interrupt_stack_table(bench: &Bench) -> Outcome {
 /// 7.14.4: RSP0, and a null SS in the handler.
 fn a_level_change_switches_to_rsp0(bench: &Bench) -> Outcome {
     let mut guest = Guest::new();
-    guest.user(|a| a.int(0x80));
-    let handler = guest.handler(0x80, |a| {
+    guest.user(|a| a.int3());
+    guest.call_handler(|a| {
         a.mov(ax, ss)?;
         a.movzx(rax, ax)?;
         keep(a, 0, rax)?;
@@ -392,11 +399,10 @@ fn a_level_change_switches_to_rsp0(bench: &Bench) -> Outcome {
         keep(a, 2, rax)?;
         a.iretq()
     });
-    guest.gate(0x80, handler, USER_GATE);
     let state = run_to_end(bench, &guest)?;
     assert_eq!(guest.results(), [0, RSP0 - 40, KERNEL_CS.into()]);
     assert_eq!((state.segments[1].selector, state.segments[2].selector), (USER_CS, USER_SS));
-    assert_eq!((state.rip, state.gpr[4]), (USER_CODE + 4, USER_STACK));
+    assert_eq!((state.rip, state.gpr[4]), (USER_CODE + 1, USER_STACK));
     Ok(())
 }
 
@@ -421,14 +427,19 @@ fn nested_exceptions_return_in_order(bench: &Bench) -> Outcome {
     });
     guest.handler(0, |a| {
         step(a, 2)?;
-        a.int(0x55)?;
+        // Not canonical, four bytes: #GP(0).
+        a.bts(rdx, 63)?;
+        a.mov(rdx, qword_ptr(rdx + 8))?;
         step(a, 4)?;
         // Over the two bytes of DIV.
         a.add(qword_ptr(rsp), 2)?;
         a.iretq()
     });
-    guest.handler(0x55, |a| {
+    guest.handler(13, |a| {
         step(a, 3)?;
+        a.add(rsp, 8)?;
+        // Over the four bytes of the load.
+        a.add(qword_ptr(rsp), 4)?;
         a.iretq()
     });
     let state = run_to_end(bench, &guest)?;
@@ -448,6 +459,7 @@ fn a_fault_in_a_handlers_return(bench: &Bench) -> Outcome {
         a.push(rax)?;
         a.iretq()
     };
+    bench.needs(&crate::abilities::CHECKED_IRET)?;
     for (what, selector, target, stack, vector, error) in [
         ("a null CS", 0, CODE, KERNEL_SS, 13, 0),
         ("a data segment as CS", KERNEL_SS, CODE, KERNEL_SS, 13, u64::from(KERNEL_SS)),

@@ -166,6 +166,7 @@ fn interrupts_wait_for_if(bench: &Bench) -> Outcome {
 
 /// 3.2.4, trigger mode: as long as the line is active, its EOI begins the next one.
 fn a_level_interrupts_until_it_falls(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let mut guest = Guest::running(|a| {
         enable(a)?;
         redirect(a, PIN.into(), PIN_LEVEL | u64::from(VECTOR))?;
@@ -193,6 +194,7 @@ fn a_level_interrupts_until_it_falls(bench: &Bench) -> Outcome {
 
 /// 3.2.4, remote IRR; 12.8.4, TMR.
 fn remote_irr_lasts_until_the_eoi(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let word = u64::from(VECTOR / 32) * 0x10;
     let mut guest = Guest::running(|a| {
         enable(a)?;
@@ -223,6 +225,7 @@ fn remote_irr_lasts_until_the_eoi(bench: &Bench) -> Outcome {
 }
 
 fn a_masked_level_waits(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let entry = PIN_LEVEL | u64::from(VECTOR);
     let mut guest = Guest::running(|a| {
         enable(a)?;
@@ -255,6 +258,7 @@ fn a_masked_level_waits(bench: &Bench) -> Outcome {
 }
 
 fn a_level_that_falls_in_service_is_over(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let mut guest = Guest::running(|a| {
         enable(a)?;
         redirect(a, PIN.into(), PIN_LEVEL | u64::from(VECTOR))?;

@@ -273,6 +273,7 @@ fn a_halted_vcpu_wakes(bench: &Bench) -> Outcome {
 
 /// The EOI of the other vCPU's local APIC reaches the IOAPIC.
 fn a_line_to_the_other_vcpu(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let mut guest = pair(
         |a| {
             await_result(a, READY, 1)?;

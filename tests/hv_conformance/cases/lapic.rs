@@ -125,6 +125,7 @@ fn the_highest_vector_comes_first(bench: &Bench) -> Outcome {
 
 /// 12.8.3.1: a handler that allows interrupts is interrupted by a higher class, and not by its own.
 fn a_higher_class_interrupts_a_handler(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let mut guest = Guest::running(|a| {
         enable(a)?;
         a.sti()?;
@@ -201,6 +202,7 @@ fn cr8_is_the_task_priority(bench: &Bench) -> Outcome {
 
 /// 12.8.3.1: PPR.
 fn the_processor_priority_follows_what_is_in_service(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let mut guest = Guest::running(|a| {
         enable(a)?;
         lapic_write(a, TPR, 0x23)?;
@@ -228,6 +230,7 @@ fn the_processor_priority_follows_what_is_in_service(bench: &Bench) -> Outcome {
 
 /// 12.8.5: and one without anything in service does nothing.
 fn an_eoi_ends_the_highest(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::IN_SERVICE)?;
     let mut guest = Guest::running(|a| {
         enable(a)?;
         end_of_interrupt(a)?;
@@ -419,7 +422,7 @@ fn x2apic_refuses_reserved_bits(bench: &Bench) -> Outcome {
             count(a, 0)?;
             write_msr(a, x2apic(register), value)
         });
-        let trap = run_once(bench, &guest)?.trap();
+        let trap = run_once(bench, &guest)?.trap_of(|| format!("{register:#x} {value:#x}"));
         assert_eq!((trap.vector, trap.error, guest.result(0)), (13, 0, 1), "{register:#x} {value:#x}");
         assert_eq!(trap.gpr[1], u64::from(x2apic(register)));
     }

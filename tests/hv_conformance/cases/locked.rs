@@ -259,7 +259,7 @@ fn level_3(bench: &Bench) -> Outcome {
     let own = initial_state(1);
     let mut state = second.state.clone();
     (state.tr, state.lapic, state.gpr[4]) = (own.tr, own.lapic, USER_STACK - 0x800);
-    guest.code_at(USER_CODE + 0x1000, |a| {
+    guest.user_at(USER_CODE + 0x1000, |a| {
         body(a)?;
         let mut here = a.create_label();
         a.set_label(&mut here)?;

@@ -34,6 +34,7 @@ const VALUES: [(u32, u64); 10] = [
 ];
 
 fn written_values_read_back_and_are_saved(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::TSC_AUX)?;
     let guest = Guest::running(|a| {
         for (n, (msr, value)) in (0..).zip(VALUES) {
             write_msr(a, msr, value)?;
@@ -60,6 +61,7 @@ fn written_values_read_back_and_are_saved(bench: &Bench) -> Outcome {
 }
 
 fn restored_values_are_read(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::TSC_AUX)?;
     let mut guest = Guest::running(|a| {
         for (n, (msr, _)) in (0..).zip(VALUES) {
             keep_msr(a, n, msr)?;
@@ -89,7 +91,7 @@ fn restored_values_are_read(bench: &Bench) -> Outcome {
 fn refuses(bench: &Bench, msr: u32, value: u64) -> Outcome {
     let guest = Guest::running(|a| write_msr(a, msr, value));
     let mut machine = Machine::new(bench, &guest)?;
-    let trap = machine.run()?.trap();
+    let trap = machine.run()?.trap_of(|| format!("{msr:#x} {value:#x}"));
     assert_eq!((trap.vector, trap.error), (13, 0), "{msr:#x} {value:#x}");
     let (mut msrs, before) = (machine.state().msrs, guest.state.msrs);
     msrs.tsc = before.tsc;

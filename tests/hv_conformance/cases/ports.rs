@@ -230,13 +230,14 @@ fn privilege_by_iopl_and_bitmap(bench: &Bench) -> Outcome {
         a.out(dx, al)
     });
     let mut machine = Machine::new(bench, &guest)?;
-    machine.run()?.done();
-    assert_eq!(machine.accesses().len(), 1);
-    guest.state.rflags &= !IOPL3;
-    let mut machine = Machine::new(bench, &guest)?;
     let trap = machine.run()?.trap();
     assert_eq!((trap.vector, trap.error, trap.rip), (13, 0, USER_CODE + 5));
     assert_eq!(machine.accesses(), []);
+    bench.needs(&crate::abilities::IOPL)?;
+    guest.state.rflags |= IOPL3;
+    let mut machine = Machine::new(bench, &guest)?;
+    machine.run()?.done();
+    assert_eq!(machine.accesses().len(), 1);
     Ok(())
 }
 
@@ -255,17 +256,17 @@ fn the_bitmap_covers_every_byte_of_an_access(bench: &Bench) -> Outcome {
                 2 => a.out(dx, ax)?,
                 _ => a.out(dx, eax)?,
             }
-            // The exit's own port is not in the map: a trap of another kind ends the run.
-            a.ud2()
+            Ok(())
         });
         guest.put_bytes(WIDE_TSS, &guest.bytes(TSS, 0x68));
         guest.put(WIDE_TSS + 0x64, 0x68 << 16);
         guest.put_bytes(WIDE_TSS + 0x68, &[0xff; 0x101]);
         guest.put_bytes(WIDE_TSS + 0x68 + 0x600 / 8, &[0b1111_1000]);
         (guest.state.tr.base, guest.state.tr.limit) = (WIDE_TSS, 0x68 + 0x100);
-        guest.state.rflags &= !IOPL3;
-        let trap = run_once(bench, &guest)?.trap();
-        assert_eq!(trap.vector, if allowed { 6 } else { 13 }, "{port:#x}, {width} bytes");
+        match run_once(bench, &guest)? {
+            End::Done => assert!(allowed, "{port:#x}, {width} bytes"),
+            end => assert_eq!((end.trap().vector, allowed), (13, false), "{port:#x}, {width} bytes"),
+        }
     }
     Ok(())
 }

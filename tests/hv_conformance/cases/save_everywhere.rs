@@ -15,6 +15,8 @@ use kiln::hv::state::x86_64::Activity;
 use super::apic::*;
 use super::lapic::write_msr;
 use super::*;
+use crate::abilities;
+use crate::abilities::Ability;
 use crate::bus::Access;
 use crate::bus::EDGE_PORT;
 use crate::bus::HIGH_PORT;
@@ -34,6 +36,7 @@ cases!(save_everywhere:
     strings_of_registers,
     floating_point,
     level_3,
+    system_calls,
     exceptions,
     paging,
     single_steps,
@@ -51,6 +54,7 @@ cases!(save_everywhere:
     across_strings_of_registers,
     across_floating_point,
     across_level_3,
+    across_system_calls,
     across_exceptions,
     across_paging,
     across_single_steps,
@@ -58,16 +62,19 @@ cases!(save_everywhere:
     across_a_halted_machine,
 );
 
-/// A program: the guest, what its reads are answered, and whether every access is a point.
+/// A program: the guest, what its reads are answered, whether every access is a point, and what it needs of engines.
 struct Program {
     guest: Guest,
     answers: Vec<u64>,
     every_access: bool,
+    needs: &'static [&'static Ability],
+    /// Whether it looks at the time stamp counter, whose rate is part of a profile.
+    tells_time: bool,
 }
 
 impl From<Guest> for Program {
     fn from(guest: Guest) -> Self {
-        Self { guest, answers: Vec::new(), every_access: false }
+        Self { guest, answers: Vec::new(), every_access: false, needs: &[], tells_time: false }
     }
 }
 
@@ -95,8 +102,12 @@ impl Outcomes {
 }
 
 /// A state without what time alone changes, and without the x87 pointers, which processors may drop (volume 1, 8.1.8).
+/// A timer that has expired may read as one that was never started.
 fn timeless(mut state: VcpuState) -> VcpuState {
     state.msrs.tsc = 0;
+    if state.lapic.timer_left_ns.is_none() {
+        state.lapic.timer_initial = 0;
+    }
     (state.lapic.timer_left_ns, state.lapic.tsc_deadline) = (None, 0);
     (state.fpu.fip, state.fpu.fdp, state.fpu.fop) = (0, 0, 0);
     state
@@ -127,8 +138,7 @@ fn saved(round: &[&Bench], program: &Program) -> Result<(Outcomes, u64), Skip> {
             return Ok((Outcomes::of(&mut machine, accesses, &program.guest), points));
         }
         points += 1;
-        accesses.extend(machine.accesses());
-        machine = moved(machine, next(), &program.guest)?;
+        machine = moved(machine, next(), &program.guest, &mut accesses)?;
     }
 }
 
@@ -139,11 +149,13 @@ fn expected(end: End) -> End {
 }
 
 /// Saves the machine, drops it, and goes on under another.
-fn moved(mut from: Machine, to: &Bench, guest: &Guest) -> Result<Machine, Skip> {
+fn moved(mut from: Machine, to: &Bench, guest: &Guest, accesses: &mut Vec<Access>) -> Result<Machine, Skip> {
     from.vm.stop_time();
     let mut state = from.state();
     pass_stop(&mut state, &guest.ram);
     let irqchip = from.vm.save_irqchip().expect("saves");
+    // After the state: an engine may have to complete an access for it.
+    accesses.extend(from.accesses());
     let answers = from.bus.answers();
     drop(from);
     let mut into = Machine::over(to, &guest.ram, &answers)?;
@@ -163,11 +175,17 @@ fn same(bench: &Bench, program: fn() -> Program) -> Outcome {
 
 /// Under this engine and each other one in turn. For the software engine, whose rounds with the others are theirs,
 /// this is one with a second engine of its own kind, which shares nothing with the first.
+///
+/// No program asks CPUID, so that those which tell no time go on under another profile too.
 fn across(bench: &Bench, program: fn() -> Program) -> Outcome {
-    compare(bench, &[bench, &soft_of_same_profile(bench)?], program)
+    let soft = if program().tells_time { soft_of_same_profile(bench)? } else { bench.beside(crate::engines::SOFT)? };
+    compare(bench, &[bench, &soft], program)
 }
 
 fn compare(bench: &Bench, round: &[&Bench], program: fn() -> Program) -> Outcome {
+    for ability in program().needs {
+        round.iter().try_for_each(|bench| bench.needs(ability))?;
+    }
     let (reference, _) = uninterrupted(bench, &program())?;
     let (outcomes, points) = saved(round, &program())?;
     assert!(points > 0, "nothing was saved");
@@ -203,6 +221,7 @@ programs! {
     strings_of_registers, across_strings_of_registers: register_strings;
     floating_point, across_floating_point: fpu;
     level_3, across_level_3: user;
+    system_calls, across_system_calls: calls;
     exceptions, across_exceptions: faults;
     paging, across_paging: tables;
     single_steps, across_single_steps: steps;
@@ -294,7 +313,7 @@ fn controls() -> Program {
     guest.state.msrs.star = 0x001b_0008_0000_0000;
     guest.ram.store(DATA, IDT_LIMIT - 16).expect("in memory");
     guest.put(DATA + 2, IDT);
-    guest.into()
+    Program { needs: &[&abilities::TSC_AUX], ..guest.into() }
 }
 
 /// A handler that notes its vector: result 0 counts, results from 1 on are vectors.
@@ -377,7 +396,7 @@ fn in_service() -> Program {
         a.iretq()
     });
     [0x91, 0x42].into_iter().for_each(|vector| noting(&mut guest, vector, true));
-    guest.into()
+    Program { needs: &[&abilities::IN_SERVICE], ..guest.into() }
 }
 
 /// MOV SS from a register of a device: the run stops in its shadow, or soon after it, with an interrupt waiting.
@@ -402,7 +421,7 @@ fn shadows() -> Program {
         a.cli()
     });
     noting(&mut guest, 0x61, false);
-    Program { guest, answers: vec![KERNEL_SS.into(); 4], every_access: false }
+    Program { answers: vec![KERNEL_SS.into(); 4], ..guest.into() }
 }
 
 /// A one-shot timer that is armed at some of the points and fires once, and a periodic one that goes on.
@@ -460,7 +479,7 @@ fn deadline() -> Program {
         a.xor(edx, edx)
     });
     counting_handler(&mut guest, 0x46, 0);
-    guest.into()
+    Program { tells_time: true, ..guest.into() }
 }
 
 /// Points in an NMI's handler, with another one waiting.
@@ -505,7 +524,7 @@ fn port_strings() -> Program {
         a.rep().outsw()?;
         a.cld()
     });
-    Program { guest, answers: (1..=24).map(|n| n * 0x0103_0507).collect(), every_access: true }
+    Program { answers: (1..=24).map(|n| n * 0x0103_0507).collect(), every_access: true, ..guest.into() }
 }
 
 /// MOVS, STOS and LODS through a device's registers.
@@ -526,23 +545,34 @@ fn register_strings() -> Program {
         a.mov(rbx, DEVICE + 0x300)?;
         a.add(dword_ptr(rbx), eax)
     });
-    Program { guest, answers: (1..=11).map(|n| n * 0x0103_0507).collect(), every_access: true }
+    Program { answers: (1..=11).map(|n| n * 0x0103_0507).collect(), every_access: true, ..guest.into() }
 }
 
-/// x87 and SSE registers, control words and sticky flags across points.
+/// A guest of level 3 whose INT3 is a point.
+fn user_with_points(build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Guest {
+    let mut guest = Guest::new();
+    guest.user(build);
+    guest.call_handler(|a| {
+        quiet_point(a)?;
+        a.iretq()
+    });
+    guest
+}
+
+/// x87, MMX and SSE registers, control words and sticky flags across points.
 fn fpu() -> Program {
-    let guest = Guest::running(|a| {
+    let guest = user_with_points(|a| {
         a.fninit()?;
         a.fldpi()?;
-        quiet_point(a)?;
+        a.int3()?;
         a.fld1()?;
         a.fldln2()?;
-        quiet_point(a)?;
+        a.int3()?;
         a.faddp(st1, st0)?;
         a.fdivp(st1, st0)?;
-        a.mov(dword_ptr(DATA), 0x5f80)?;
-        a.ldmxcsr(dword_ptr(DATA))?;
-        quiet_point(a)?;
+        a.mov(dword_ptr(USER_DATA), 0x5f80)?;
+        a.ldmxcsr(dword_ptr(USER_DATA))?;
+        a.int3()?;
         for n in 1..=7 {
             a.mov(eax, n)?;
             a.cvtsi2sd(xmm0, eax)?;
@@ -550,65 +580,82 @@ fn fpu() -> Program {
             a.addsd(xmm2, xmm1)?;
             a.shufpd(xmm15, xmm2, 1)?;
             a.paddq(xmm14, xmm15)?;
-            quiet_point(a)?;
+            a.int3()?;
         }
         a.fld(st0)?;
         a.fsqrt()?;
-        a.mov(word_ptr(DATA), 0xc3f)?;
-        a.fldcw(word_ptr(DATA))?;
-        quiet_point(a)?;
+        a.mov(word_ptr(USER_DATA), 0xc3f)?;
+        a.fldcw(word_ptr(USER_DATA))?;
+        a.int3()?;
         a.fadd_2(st0, st1)?;
-        a.fstp(tbyte_ptr(DATA + 16))?;
-        quiet_point(a)?;
-        a.movups(xmmword_ptr(DATA + 32), xmm14)?;
-        a.stmxcsr(dword_ptr(DATA + 48))?;
+        a.fstp(tbyte_ptr(USER_DATA + 16))?;
+        a.int3()?;
+        a.movups(xmmword_ptr(USER_DATA + 32), xmm14)?;
+        a.stmxcsr(dword_ptr(USER_DATA + 48))?;
         a.emms()?;
-        quiet_point(a)?;
+        a.int3()?;
         a.mov(rax, 0x0102_0304_0506_0708u64)?;
         a.movq(mm2, rax)?;
-        quiet_point(a)?;
+        a.int3()?;
         a.paddb(mm2, mm2)?;
-        a.movq(qword_ptr(DATA + 56), mm2)
+        a.movq(qword_ptr(USER_DATA + 56), mm2)
     });
     guest.into()
 }
 
-/// Points at level 3, and in the kernel that it calls.
+/// Points in the kernel that a program of level 3 calls, with the bases exchanged.
 fn user() -> Program {
     let mut guest = Guest::new();
     guest.user(|a| {
         let mut again = a.create_label();
         a.mov(ebx, 4)?;
         a.set_label(&mut again)?;
-        quiet_point(a)?;
         a.push(rbx)?;
-        a.syscall()?;
-        quiet_point(a)?;
-        a.int(0x80)?;
+        a.int3()?;
+        a.mov(rax, qword_ptr(8).gs())?;
+        a.add(qword_ptr(USER_DATA + 0x20), rax)?;
         a.pop(rax)?;
         a.add(qword_ptr(USER_DATA), rax)?;
-        quiet_point(a)?;
         a.dec(ebx)?;
         a.jne(again)
     });
-    guest.code_at(CODE, |a| {
+    guest.call_handler(|a| {
+        quiet_point(a)?;
+        a.swapgs()?;
+        a.inc(qword_ptr(8).gs())?;
+        quiet_point(a)?;
+        a.swapgs()?;
+        quiet_point(a)?;
+        a.iretq()
+    });
+    guest.state.msrs.kernel_gs_base = RESULTS;
+    guest.state.segments[5].base = USER_DATA + 0x100;
+    guest.put(USER_DATA + 0x108, 3);
+    guest.into()
+}
+
+/// The same by SYSCALL and SYSRET.
+fn calls() -> Program {
+    let mut guest = Guest::new();
+    guest.user(|a| {
+        let mut again = a.create_label();
+        a.mov(ebx, 4)?;
+        a.set_label(&mut again)?;
+        a.syscall()?;
+        a.dec(ebx)?;
+        a.jne(again)
+    });
+    guest.code(|a| {
         a.swapgs()?;
         a.inc(qword_ptr(8).gs())?;
         quiet_point(a)?;
         a.swapgs()?;
         a.sysretq()
     });
-    let handler = guest.handler(0x80, |a| {
-        count(a, 0)?;
-        quiet_point(a)?;
-        a.iretq()
-    });
-    guest.gate(0x80, handler, USER_GATE);
     let msrs = &mut guest.state.msrs;
     msrs.star = u64::from(SYSRET_BASE) << 48 | u64::from(KERNEL_CS) << 32;
     (msrs.lstar, msrs.sfmask, msrs.kernel_gs_base) = (CODE, IF, RESULTS);
-    guest.state.segments[5].base = USER_DATA + 0x100;
-    guest.into()
+    Program { needs: &[&abilities::SYSCALL], ..guest.into() }
 }
 
 /// Points in handlers of faults, whose CR2 and stacks must still be there.
@@ -738,7 +785,7 @@ fn halted(bench: &Bench, to: &Bench) -> Outcome {
             break;
         }
     }
-    let mut machine = moved(machine, to, &guest)?;
+    let mut machine = moved(machine, to, &guest, &mut Vec::new())?;
     machine.bus.line(4).raise();
     machine.run()?.done();
     assert_eq!((guest.result(0), guest.result(1)), (1, 0x44));
@@ -750,7 +797,7 @@ fn a_halted_machine(bench: &Bench) -> Outcome {
 }
 
 fn across_a_halted_machine(bench: &Bench) -> Outcome {
-    let soft = soft_of_same_profile(bench)?;
+    let soft = bench.beside(crate::engines::SOFT)?;
     halted(bench, &soft)?;
     halted(&soft, bench)
 }

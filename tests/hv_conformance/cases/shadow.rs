@@ -42,6 +42,7 @@ fn pending(build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Guest {
 }
 
 fn sti_lets_one_instruction_run(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::PROMPT_INTERRUPTS)?;
     let guest = pending(|a| {
         a.sti()?;
         a.inc(ecx)?;
@@ -67,6 +68,7 @@ fn cli_right_after_sti(bench: &Bench) -> Outcome {
 
 /// With IF set already, STI delays nothing: the interrupt comes at the first boundary.
 fn sti_without_effect_has_no_shadow(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::PROMPT_INTERRUPTS)?;
     let guest = pending(|a| {
         a.pushfq()?;
         a.or(dword_ptr(rsp), IF as i32)?;
@@ -95,6 +97,7 @@ fn restored(shadow: bool) -> Guest {
 }
 
 fn a_restored_shadow_holds_an_interrupt_back(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::PROMPT_INTERRUPTS)?;
     let guest = restored(true);
     let state = run_to_end(bench, &guest)?;
     assert_eq!((guest.result(0), state.gpr[1]), (CODE + 2, 1));
@@ -167,6 +170,7 @@ fn single_steps_name_every_instruction(bench: &Bench) -> Outcome {
 }
 
 fn a_single_step_of_each_repetition(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::STEPPED_REPETITIONS)?;
     let mut guest = stepped(|a| a.rep().stosb());
     guest.state.gpr[1] = 3;
     guest.state.gpr[7] = DATA;

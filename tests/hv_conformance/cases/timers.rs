@@ -58,6 +58,11 @@ fn wait_ticks(a: &mut CodeAssembler, ticks: u64) -> Assembled {
     a.jb(wait)
 }
 
+/// How fast the time stamp counter runs.
+fn hz(machine: &Machine) -> u64 {
+    machine.vm.time_stamp().map_or(1_000_000_000, |now| now.hz)
+}
+
 fn counted(build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Guest {
     let mut guest = Guest::running(|a| {
         enable(a)?;
@@ -111,22 +116,20 @@ fn the_count_goes_down(bench: &Bench) -> Outcome {
         }
         Ok(())
     });
-    run_to_end(bench, &guest)?;
+    let mut machine = Machine::new(bench, &guest)?;
+    machine.run()?.done();
     let counts = [1, 2, 3, 4].map(|n| guest.result(n));
-    for pair in counts.windows(2) {
-        // No less than the time that passed, but for the clocks' rounding.
-        assert!(pair[0] - pair[1] >= 90_000, "{counts:?}");
-    }
+    // No less than the time that passed, but for the clocks' rounding.
+    let least = 90_000 * 1_000_000 / (hz(&machine) / 1000);
+    assert!(counts.windows(2).all(|pair| pair[0] - pair[1] >= least), "{counts:?}, {least} a step");
     Ok(())
 }
 
+/// Whether what expired while it was masked comes when it no longer is, engines do not agree on, and nobody may rely on.
 fn a_masked_timer_is_silent(bench: &Bench) -> Outcome {
     let guest = counted(|a| {
         a.sti()?;
         arm(a, MASKED, MILLISECOND / 10)?;
-        wait_ticks(a, u64::from(MILLISECOND))?;
-        // What expired while it was masked does not come later.
-        lapic_write(a, LVT_TIMER, VECTOR.into())?;
         wait_ticks(a, u64::from(MILLISECOND))?;
         lapic_read(a, CURRENT_COUNT)?;
         keep(a, 1, rax)
@@ -169,8 +172,7 @@ fn the_divisor_stretches_the_count(bench: &Bench) -> Outcome {
     });
     let mut machine = Machine::new(bench, &guest)?;
     machine.run()?.done();
-    let hz = machine.vm.time_stamp().map_or(1_000_000_000, |now| now.hz);
-    let least = |nanoseconds: u64| nanoseconds * (hz / 1_000_000) / 1000 * 95 / 100;
+    let least = |nanoseconds: u64| nanoseconds * (hz(&machine) / 1_000_000) / 1000 * 95 / 100;
     let quarter = u64::from(MILLISECOND / 4);
     assert!(guest.result(1) >= least(quarter), "{} ticks", guest.result(1));
     assert!(guest.result(2) >= least(quarter * 16), "{} ticks", guest.result(2));
