@@ -9,6 +9,7 @@ use kiln::hv::HvError;
 
 use crate::bench::Bench;
 use crate::cases::apic;
+use crate::cases::lapic;
 use crate::guest::*;
 use crate::layout::*;
 use crate::machine::End;
@@ -127,14 +128,68 @@ pub(crate) const USER_CPUID: Ability = Ability {
     name: "user CPUID",
     lack: "lets CPUID at level 3 see the host's processor",
     probe: |bench| {
-        const HYPERVISOR: u32 = 0x4000_0000;
-        let mut guest = Guest::new();
-        guest.user(|a| {
-            a.mov(eax, HYPERVISOR)?;
-            a.cpuid()
+        // The number of the last leaf, which is the engine's to say.
+        let ask = |a: &mut CodeAssembler, to: u64| {
+            a.xor(eax, eax)?;
+            a.cpuid()?;
+            a.mov(dword_ptr(to), eax)
+        };
+        let kernel = Guest::running(|a| ask(a, DATA));
+        let mut user = Guest::new();
+        user.user(|a| ask(a, USER_DATA));
+        let ran = |guest: &Guest| matches!(run_once(bench, guest), Ok(End::Done));
+        ran(&kernel) && ran(&user) && kernel.get(DATA) == user.get(USER_DATA)
+    },
+};
+
+/// Whether a write by `build` is refused with #GP.
+fn refuses(bench: &Bench, build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> bool {
+    matches!(run_once(bench, &Guest::running(build)), Ok(End::Trap(trap)) if trap.vector == 13)
+}
+
+/// The upper half of CR0 is reserved.
+pub(crate) const CR0_HIGH_BITS: Ability = Ability {
+    name: "CR0's upper half",
+    lack: "ignores the upper half of what is written to CR0",
+    probe: |bench| {
+        refuses(bench, |a| {
+            a.mov(rax, CR0 | 1 << 63)?;
+            a.mov(cr0, rax)
+        })
+    },
+};
+
+/// IA32_PAT takes memory types only.
+pub(crate) const CHECKED_PAT: Ability = Ability {
+    name: "checked PAT",
+    lack: "takes memory types that do not exist in IA32_PAT",
+    probe: |bench| refuses(bench, |a| lapic::write_msr(a, 0x277, 2)),
+};
+
+/// The x2APIC registers' reserved bits.
+pub(crate) const X2APIC_RESERVED_BITS: Ability = Ability {
+    name: "x2APIC reserved bits",
+    lack: "ignores reserved bits in writes to x2APIC registers",
+    probe: |bench| {
+        refuses(bench, |a| {
+            lapic::enable_x2apic(a)?;
+            lapic::write_msr(a, lapic::x2apic(apic::TPR), 0x1000)
+        })
+    },
+};
+
+/// No single step between MOV SS and the next instruction.
+pub(crate) const UNSTEPPED_MOV_SS: Ability = Ability {
+    name: "unstepped MOV SS",
+    lack: "takes a single step right after MOV SS at level 0",
+    probe: |bench| {
+        let mut guest = Guest::running(|a| {
+            a.mov(ss, edx)?;
+            a.nop()
         });
-        let Ok(mut machine) = Machine::new(bench, &guest) else { return false };
-        matches!(machine.run(), Ok(End::Done)) && machine.state().gpr[3] as u32 == u32::from_le_bytes(*b"KVMK")
+        guest.state.gpr[2] = KERNEL_SS.into();
+        guest.state.rflags |= 1 << 8;
+        matches!(run_once(bench, &guest), Ok(End::Trap(trap)) if trap.vector == 1 && trap.rip == CODE + 3)
     },
 };
 

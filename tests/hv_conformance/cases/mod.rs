@@ -9,7 +9,7 @@ mod exceptions;
 mod fpu;
 mod ioapic;
 mod ipi;
-mod lapic;
+pub(crate) mod lapic;
 mod locked;
 mod mmio;
 mod msrs;

@@ -102,9 +102,12 @@ impl Outcomes {
 }
 
 /// A state without what time alone changes, and without the x87 pointers, which processors may drop (volume 1, 8.1.8).
-/// A timer that has expired may read as one that was never started.
+/// A timer that has expired may read as one that was never started. RF ends with the next instruction, and an engine
+/// without instruction breakpoints need not know it.
 fn timeless(mut state: VcpuState) -> VcpuState {
+    const RF: u64 = 1 << 16;
     state.msrs.tsc = 0;
+    state.rflags &= !RF;
     if state.lapic.timer_left_ns.is_none() {
         state.lapic.timer_initial = 0;
     }
@@ -511,17 +514,19 @@ fn nmis() -> Program {
     guest.into()
 }
 
-/// INS and OUTS in the middle, up and down.
+/// INS and OUTS, up and down: in the middle, where the engine stops there, and after them.
 fn port_strings() -> Program {
     let guest = Guest::running(|a| {
         a.mov(edx, 0x600)?;
         a.mov(edi, DATA as u32 + 0xfe1)?;
         a.mov(ecx, 24)?;
         a.rep().insd()?;
+        quiet_point(a)?;
         a.std()?;
         a.mov(esi, DATA as u32 + 0x1010)?;
         a.mov(ecx, 24)?;
         a.rep().outsw()?;
+        quiet_point(a)?;
         a.cld()
     });
     Program { answers: (1..=24).map(|n| n * 0x0103_0507).collect(), every_access: true, ..guest.into() }
@@ -534,10 +539,12 @@ fn register_strings() -> Program {
         a.mov(edi, DATA as u32 + 0xffa)?;
         a.mov(ecx, 10)?;
         a.rep().movsd()?;
+        quiet_point(a)?;
         a.mov(esi, DATA as u32 + 0xffa)?;
         a.mov(rdi, DEVICE + 0x100)?;
         a.mov(ecx, 10)?;
         a.rep().movsd()?;
+        quiet_point(a)?;
         a.mov(rdi, DEVICE + 0x200)?;
         a.mov(eax, 0x1234)?;
         a.mov(ecx, 5)?;

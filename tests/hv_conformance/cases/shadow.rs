@@ -182,6 +182,18 @@ fn a_single_step_of_each_repetition(bench: &Bench) -> Outcome {
 
 /// 7.8.3: MOV SS inhibits debug exceptions until after the next instruction.
 fn mov_ss_holds_a_single_step_back(bench: &Bench) -> Outcome {
+    let mut user = Guest::new();
+    user.user(|a| {
+        a.mov(ss, edx)?;
+        a.nop()?;
+        a.nop()
+    });
+    stepper(&mut user);
+    user.state.gpr[2] = USER_SS.into();
+    user.state.rflags |= 1 << 8;
+    run_to_end(bench, &user)?;
+    assert_eq!(user.results(), [2, USER_CODE + 3, USER_CODE + 4], "level 3");
+    bench.needs(&crate::abilities::UNSTEPPED_MOV_SS)?;
     let mut guest = stepped(|a| {
         a.mov(ss, edx)?;
         a.nop()?;
