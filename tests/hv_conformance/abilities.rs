@@ -37,6 +37,7 @@ const MAY_BE_MISSING: &[Mnemonic] = &[
     Mnemonic::Popcnt,
     Mnemonic::Rdtscp,
     Mnemonic::Stac,
+    Mnemonic::Wait,
     Mnemonic::Xgetbv,
     Mnemonic::Xrstor,
     Mnemonic::Xsave,
@@ -147,10 +148,10 @@ fn refuses(bench: &Bench, build: impl FnOnce(&mut CodeAssembler) -> Assembled) -
     matches!(run_once(bench, &Guest::running(build)), Ok(End::Trap(trap)) if trap.vector == 13)
 }
 
-/// The upper half of CR0 is reserved.
-pub(crate) const CR0_HIGH_BITS: Ability = Ability {
-    name: "CR0's upper half",
-    lack: "ignores the upper half of what is written to CR0",
+/// The upper halves of CR0 and CR4 are reserved.
+pub(crate) const HIGH_BITS: Ability = Ability {
+    name: "upper halves",
+    lack: "ignores the upper halves of what is written to CR0 and CR4",
     probe: |bench| {
         refuses(bench, |a| {
             a.mov(rax, CR0 | 1 << 63)?;
@@ -178,18 +179,41 @@ pub(crate) const X2APIC_RESERVED_BITS: Ability = Ability {
     },
 };
 
-/// No single step between MOV SS and the next instruction.
-pub(crate) const UNSTEPPED_MOV_SS: Ability = Ability {
-    name: "unstepped MOV SS",
-    lack: "takes a single step right after MOV SS at level 0",
+/// INT1 of level 3 is a trap: its frame says the next instruction.
+pub(crate) const USER_INT1: Ability = Ability {
+    name: "INT1 at level 3",
+    lack: "takes INT1 of level 3 for a fault",
     probe: |bench| {
-        let mut guest = Guest::running(|a| {
-            a.mov(ss, edx)?;
-            a.nop()
-        });
-        guest.state.gpr[2] = KERNEL_SS.into();
-        guest.state.rflags |= 1 << 8;
-        matches!(run_once(bench, &guest), Ok(End::Trap(trap)) if trap.vector == 1 && trap.rip == CODE + 3)
+        let mut guest = Guest::new();
+        guest.user(|a| a.int1());
+        matches!(run_once(bench, &guest), Ok(End::Trap(trap)) if trap.vector == 1 && trap.rip == USER_CODE + 1)
+    },
+};
+
+/// CR0.TS and CR0.EM hold at level 3.
+pub(crate) const USER_TS: Ability = Ability {
+    name: "CR0.TS at level 3",
+    lack: "does not obey CR0.TS and CR0.EM at level 3",
+    probe: |bench| {
+        let mut guest = Guest::new();
+        guest.user(|a| a.fnop());
+        guest.state.cr0 |= 8;
+        matches!(run_once(bench, &guest), Ok(End::Trap(trap)) if trap.vector == 7)
+    },
+};
+
+/// CR4.OSXMMEXCPT holds at level 3.
+pub(crate) const USER_OSXMMEXCPT: Ability = Ability {
+    name: "CR4.OSXMMEXCPT at level 3",
+    lack: "does not obey CR4.OSXMMEXCPT at level 3",
+    probe: |bench| {
+        let mut guest = Guest::new();
+        // One through zero, unmasked.
+        guest.user(|a| a.divss(xmm0, xmm1));
+        guest.state.cr4 &= !(1 << 10);
+        guest.state.fpu.mxcsr = 0x1d80;
+        guest.state.fpu.xmm[0] = [0x3f80_0000, 0];
+        matches!(run_once(bench, &guest), Ok(End::Trap(trap)) if trap.vector == 6)
     },
 };
 

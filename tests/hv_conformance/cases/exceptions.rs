@@ -66,6 +66,7 @@ fn divide_error(bench: &Bench) -> Outcome {
 
 /// 7.15, interrupt 1: INT1 is a trap whatever the gate's level, and no software interrupt.
 fn debug_by_int1(bench: &Bench) -> Outcome {
+    bench.needs(&crate::abilities::USER_INT1)?;
     traps(bench, |a| a.db(&[0xf1]), 1, 0, 1)
 }
 
@@ -112,23 +113,27 @@ fn invalid_opcode(bench: &Bench) -> Outcome {
 fn device_not_available(bench: &Bench) -> Outcome {
     const TS: u64 = 8;
     const EM: u64 = 4;
-    for (control, build) in [
-        (CR0 | TS, (|a| a.fninit()) as Build),
+    let rows: [(u64, Build); 4] = [
+        (CR0 | TS, |a| a.fninit()),
         (CR0 | TS, |a| a.movaps(xmm0, xmm1)),
         (CR0 | TS, |a| a.wait()),
         (CR0 | EM, |a| a.fninit()),
-    ] {
-        for user in [true, false] {
+    ];
+    let unavailable = |user: bool| {
+        for (control, build) in rows {
             let mut guest = Guest::running(build);
             if user {
                 guest.user(build);
             }
             guest.state.cr0 = control;
             let trap = run_once(bench, &guest)?.trap();
-            assert_eq!((trap.vector, trap.rip), (7, guest.state.rip), "user {user}");
+            assert_eq!((trap.vector, trap.rip), (7, guest.state.rip), "CR0 {control:#x}, user {user}");
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    unavailable(false)?;
+    bench.needs(&crate::abilities::USER_TS)?;
+    unavailable(true)
 }
 
 /// 7.15, interrupt 8 and table 7-5: a contributory exception while another is delivered.
@@ -250,6 +255,9 @@ fn simd_floating_point_error(bench: &Bench) -> Outcome {
             let mut guest = Guest::running(build);
             if user {
                 guest.user(build);
+            }
+            if user && control & OSXMMEXCPT == 0 {
+                bench.needs(&crate::abilities::USER_OSXMMEXCPT)?;
             }
             guest.state.cr4 = control;
             // Division by zero is unmasked, and 1.0 is divided by 0.0.

@@ -226,7 +226,7 @@ fn segment_bases_apply_to_the_source_only(bench: &Bench) -> Outcome {
 /// Volume 2, REP: interrupts are taken between elements, and the string goes on after them.
 fn an_interrupt_between_two_steps(bench: &Bench) -> Outcome {
     use super::apic;
-    const LEN: u32 = 0x40_0000;
+    const LEN: u32 = 0x10_0000;
     let mut guest = Guest::running(|a| {
         apic::enable(a)?;
         apic::lapic_write(a, apic::DIVIDE, apic::DIVIDE_BY_1)?;
