@@ -25,7 +25,8 @@ async fn boot(initramfs: Vec<u8>) -> (Machine, MachineEnd) {
         verbose_boot: true,
         extra_cmdline: String::new(),
     };
-    let machine = tokio::task::spawn_blocking(move || Machine::start(engine().as_ref(), config)).await.unwrap().unwrap();
+    let machine =
+        tokio::task::spawn_blocking(move || Machine::start(engine().as_ref(), config)).await.unwrap().unwrap();
     let end = tokio::time::timeout(Duration::from_secs(60), machine.ended()).await.expect("the boot ends");
     (machine, end)
 }

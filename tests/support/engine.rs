@@ -23,7 +23,9 @@ pub fn engine() -> Arc<dyn Hypervisor> {
     match env::var(VARIABLE).as_deref() {
         // What the library takes when a program names none is the software engine too.
         Err(VarError::NotPresent) | Ok("soft" | "auto") => Arc::new(Soft::new()),
-        Ok("kvm") => kvm().unwrap_or_else(|error| panic!("{VARIABLE} asks for kvm, which is not usable here: {error:?}")),
+        Ok("kvm") => {
+            kvm().unwrap_or_else(|error| panic!("{VARIABLE} asks for kvm, which is not usable here: {error:?}"))
+        }
         other => panic!("{VARIABLE} asks for {other:?}, and there are soft, kvm and auto"),
     }
 }

@@ -68,7 +68,10 @@ fn what_the_other_cases_rely_on(bench: &Bench) -> Outcome {
     for bit in [11, 20, 29] {
         assert_eq!(leaf(&all, 0x8000_0001)[3] >> bit & 1, 1, "leaf 0x80000001 EDX bit {bit}");
     }
-    assert_eq!(leaf(&all, 0x4000_0000)[1..], [u32::from_le_bytes(*b"KVMK"), u32::from_le_bytes(*b"VMKV"), u32::from(b'M')]);
+    assert_eq!(
+        leaf(&all, 0x4000_0000)[1..],
+        [u32::from_le_bytes(*b"KVMK"), u32::from_le_bytes(*b"VMKV"), u32::from(b'M')]
+    );
     Ok(())
 }
 

@@ -136,7 +136,17 @@ fn accessed_and_dirty_bits_are_writes(bench: &Bench) -> Outcome {
     for at in (PML4..DIRECTORY + 0x1000).chain(LOW_TABLE..LOW_TABLE + 0x1000).step_by(8) {
         let entry = guest.get(at);
         let leaf = at >= LOW_TABLE || entry & PS != 0;
-        guest.put(at, entry | if entry & P == 0 { 0 } else if leaf { A | D } else { A });
+        guest.put(
+            at,
+            entry
+                | if entry & P == 0 {
+                    0
+                } else if leaf {
+                    A | D
+                } else {
+                    A
+                },
+        );
     }
     let mut machine = Machine::new(bench, &guest)?;
     start(&machine, bench)?;
@@ -195,6 +205,10 @@ fn level_3_writes_are_logged(bench: &Bench) -> Outcome {
         a.mov(rax, qword_ptr(USER_DATA + 0x1000))?;
         a.push(rax)
     });
-    assert_eq!(logged(bench, &guest)?, pages([USER_DATA, USER_STACK - 0x1000, RSP0 - 0x1000]), "and the frame of the end");
+    assert_eq!(
+        logged(bench, &guest)?,
+        pages([USER_DATA, USER_STACK - 0x1000, RSP0 - 0x1000]),
+        "and the frame of the end"
+    );
     Ok(())
 }

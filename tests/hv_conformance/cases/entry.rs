@@ -142,7 +142,10 @@ fn control_registers_read_back(bench: &Bench) -> Outcome {
     let state = run_to_end(bench, &guest)?;
     let changed = (CR0 ^ MP_WP_AM, CR4 ^ 0x10c);
     assert_eq!(guest.results(), [CR0, PML4, CR4, changed.0, changed.1, 9, 0xdead_b000]);
-    assert_eq!((state.cr0, state.cr4, state.cr8, state.cr2, state.lapic.tpr), (changed.0, changed.1, 9, 0xdead_b000, 0x90));
+    assert_eq!(
+        (state.cr0, state.cr4, state.cr8, state.cr2, state.lapic.tpr),
+        (changed.0, changed.1, 9, 0xdead_b000, 0x90)
+    );
     Ok(())
 }
 

@@ -40,7 +40,11 @@ fn traps(bench: &Bench, build: Build, vector: u8, error: u64, at: u64) -> Outcom
     let mut guest = Guest::new();
     guest.user(build);
     let trap = run_once(bench, &guest)?.trap();
-    assert_eq!((trap.vector, trap.error, trap.rip, trap.cs), (vector, error, USER_CODE + at, USER_CS.into()), "level 3");
+    assert_eq!(
+        (trap.vector, trap.error, trap.rip, trap.cs),
+        (vector, error, USER_CODE + at, USER_CS.into()),
+        "level 3"
+    );
     assert_eq!((trap.rsp, trap.ss), (USER_STACK, USER_SS.into()));
     // Last, as a host may lack the instruction there.
     let guest = Guest::running(build);

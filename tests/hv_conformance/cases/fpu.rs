@@ -80,17 +80,23 @@ fn x87_arithmetic_at_both_levels(bench: &Bench) -> Outcome {
     let check = |_: &Fpu, words: &[u64]| {
         assert_eq!(words[2..5], [2.0f64.sqrt().to_bits(), 0.2f64.to_bits(), 22]);
     };
-    at_both_levels(bench, &[2.0f64.to_bits(), 10.0f64.to_bits(), 0, 0, 0, 7, 0, 0], |a| {
-        a.fld(qword_ptr(rbx))?;
-        a.fsqrt()?;
-        a.fstp(qword_ptr(rbx + 16))?;
-        a.fld(qword_ptr(rbx + 8))?;
-        a.fdivr(qword_ptr(rbx))?;
-        a.fstp(qword_ptr(rbx + 24))?;
-        a.fild(qword_ptr(rbx + 40))?;
-        a.fldpi()?;
-        a.fmulp(st1, st0)?;
-        a.fistp(qword_ptr(rbx + 32))}, check)
+    at_both_levels(
+        bench,
+        &[2.0f64.to_bits(), 10.0f64.to_bits(), 0, 0, 0, 7, 0, 0],
+        |a| {
+            a.fld(qword_ptr(rbx))?;
+            a.fsqrt()?;
+            a.fstp(qword_ptr(rbx + 16))?;
+            a.fld(qword_ptr(rbx + 8))?;
+            a.fdivr(qword_ptr(rbx))?;
+            a.fstp(qword_ptr(rbx + 24))?;
+            a.fild(qword_ptr(rbx + 40))?;
+            a.fldpi()?;
+            a.fmulp(st1, st0)?;
+            a.fistp(qword_ptr(rbx + 32))
+        },
+        check,
+    )
 }
 
 /// Volume 1, 8.1.5: rounding up and down, to 24 bits.
@@ -102,14 +108,20 @@ fn x87_rounding_and_precision(bench: &Bench) -> Outcome {
         assert_eq!((words[4], words[5] as u16), (0xaaaa_aa00_0000_0000, 0x3ffd));
         assert_eq!((words[6], words[7] as u16), (0xaaaa_aaaa_aaaa_aaab, 0x3ffd));
     };
-    at_both_levels(bench, &data, |a| {
-        for control in [16, 24] {
-            a.fldcw(word_ptr(rbx + control))?;
-            a.fld(qword_ptr(rbx))?;
-            a.fdiv(qword_ptr(rbx + 8))?;
-            a.fstp(tbyte_ptr(rbx + control * 2))?;
-        }
-        a.fninit()}, check)
+    at_both_levels(
+        bench,
+        &data,
+        |a| {
+            for control in [16, 24] {
+                a.fldcw(word_ptr(rbx + control))?;
+                a.fld(qword_ptr(rbx))?;
+                a.fdiv(qword_ptr(rbx + 8))?;
+                a.fstp(tbyte_ptr(rbx + control * 2))?;
+            }
+            a.fninit()
+        },
+        check,
+    )
 }
 
 fn mmx_shares_the_x87_registers(bench: &Bench) -> Outcome {
@@ -117,9 +129,15 @@ fn mmx_shares_the_x87_registers(bench: &Bench) -> Outcome {
         // Any MMX instruction but EMMS marks all registers as in use, and TOP as 0.
         assert_eq!((fpu.st[3], fpu.fsw >> 11 & 7, fpu.ftw), ((0x1112_1314_1516_1707, 0xffff), 0, 0xff));
     };
-    at_both_levels(bench, &[0x0102_0304_0506_0708, 0x1010_1010_1010_10ff], |a| {
-        a.movq(mm3, qword_ptr(rbx))?;
-        a.paddb(mm3, qword_ptr(rbx + 8))}, check)
+    at_both_levels(
+        bench,
+        &[0x0102_0304_0506_0708, 0x1010_1010_1010_10ff],
+        |a| {
+            a.movq(mm3, qword_ptr(rbx))?;
+            a.paddb(mm3, qword_ptr(rbx + 8))
+        },
+        check,
+    )
 }
 
 fn sse_arithmetic_at_both_levels(bench: &Bench) -> Outcome {
@@ -132,19 +150,25 @@ fn sse_arithmetic_at_both_levels(bench: &Bench) -> Outcome {
         assert_eq!(fpu.xmm[6][0], 7.0f64.to_bits());
         assert_eq!((fpu.xmm[7], fpu.xmm[8]), (pair(0.1, 3.0), pair(3.0, 0.1)));
     };
-    at_both_levels(bench, &data, |a| {
-        a.movupd(xmm1, xmmword_ptr(rbx))?;
-        a.movupd(xmm2, xmmword_ptr(rbx + 16))?;
-        a.movapd(xmm3, xmm1)?;
-        a.addpd(xmm3, xmm2)?;
-        a.movapd(xmm4, xmm1)?;
-        a.divpd(xmm4, xmm2)?;
-        a.sqrtpd(xmm5, xmm2)?;
-        a.cvttsd2si(rax, xmm3)?;
-        a.cvtsi2sd(xmm6, rax)?;
-        a.pshufd(xmm7, xmm1, 0x4e)?;
-        a.pxor(xmm8, xmm8)?;
-        a.paddq(xmm8, xmm1)}, check)
+    at_both_levels(
+        bench,
+        &data,
+        |a| {
+            a.movupd(xmm1, xmmword_ptr(rbx))?;
+            a.movupd(xmm2, xmmword_ptr(rbx + 16))?;
+            a.movapd(xmm3, xmm1)?;
+            a.addpd(xmm3, xmm2)?;
+            a.movapd(xmm4, xmm1)?;
+            a.divpd(xmm4, xmm2)?;
+            a.sqrtpd(xmm5, xmm2)?;
+            a.cvttsd2si(rax, xmm3)?;
+            a.cvtsi2sd(xmm6, rax)?;
+            a.pshufd(xmm7, xmm1, 0x4e)?;
+            a.pxor(xmm8, xmm8)?;
+            a.paddq(xmm8, xmm1)
+        },
+        check,
+    )
 }
 
 /// Volume 1, 10.2.3: rounding control, and the sticky flags.
@@ -155,13 +179,19 @@ fn mxcsr_rounds_and_notes(bench: &Bench) -> Outcome {
         assert_eq!((fpu.xmm[1][0], fpu.xmm[2][0]), (down, down + 1));
         assert_eq!(fpu.mxcsr, 0x5fa0, "inexact");
     };
-    at_both_levels(bench, &data, |a| {
-        for (control, into) in [(16, xmm1), (20, xmm2)] {
-            a.ldmxcsr(dword_ptr(rbx + control))?;
-            a.movsd_2(into, qword_ptr(rbx))?;
-            a.divsd(into, qword_ptr(rbx + 8))?;
-        }
-        Ok(())}, check)
+    at_both_levels(
+        bench,
+        &data,
+        |a| {
+            for (control, into) in [(16, xmm1), (20, xmm2)] {
+                a.ldmxcsr(dword_ptr(rbx + control))?;
+                a.movsd_2(into, qword_ptr(rbx))?;
+                a.divsd(into, qword_ptr(rbx + 8))?;
+            }
+            Ok(())
+        },
+        check,
+    )
 }
 
 fn mxcsr_refuses_reserved_bits(bench: &Bench) -> Outcome {

@@ -353,7 +353,9 @@ fn exchange(
 }
 
 fn x2apic_ping_pong(bench: &Bench) -> Outcome {
-    let to = |id: u64| move |a: &mut CodeAssembler| write_msr(a, x2apic(ICR), id << 32 | u64::from(ASSERT) | u64::from(VECTOR));
+    let to = |id: u64| {
+        move |a: &mut CodeAssembler| write_msr(a, x2apic(ICR), id << 32 | u64::from(ASSERT) | u64::from(VECTOR))
+    };
     let mut guest = Guest::running(|a| {
         enable_x2apic(a)?;
         await_result(a, READY, 1)?;

@@ -401,26 +401,15 @@ fn x2apic_interrupt_to_itself(bench: &Bench) -> Outcome {
 
 /// 12.12.1.2, 12.12.1.3: #GP(0) for registers that are read only or not there, and for more than 32 bits.
 fn x2apic_refuses_what_is_not_there(bench: &Bench) -> Outcome {
-    const REFUSED: [(u64, u64); 8] = [
-        (SVR, 1 << 32),
-        (ID, 0),
-        (VERSION, 0),
-        (PPR, 0),
-        (LDR, 0),
-        (DFR, 0),
-        (ISR, 0),
-        (ICR_HIGH, 0),
-    ];
+    const REFUSED: [(u64, u64); 8] =
+        [(SVR, 1 << 32), (ID, 0), (VERSION, 0), (PPR, 0), (LDR, 0), (DFR, 0), (ISR, 0), (ICR_HIGH, 0)];
     x2apic_refuses(bench, &REFUSED)
 }
 
 /// 12.12.1.3: #GP(0) where the page would ignore it.
 fn x2apic_refuses_reserved_bits(bench: &Bench) -> Outcome {
     bench.needs(&crate::abilities::X2APIC_RESERVED_BITS)?;
-    x2apic_refuses(
-        bench,
-        &[(TPR, 0x100), (EOI, 1), (ESR, 1), (LVT_TIMER, 1 << 20), (DIVIDE, 0b100), (0x3f0, 0x100)],
-    )
+    x2apic_refuses(bench, &[(TPR, 0x100), (EOI, 1), (ESR, 1), (LVT_TIMER, 1 << 20), (DIVIDE, 0b100), (0x3f0, 0x100)])
 }
 
 fn x2apic_refuses(bench: &Bench, writes: &[(u64, u64)]) -> Outcome {

@@ -29,7 +29,11 @@ fn write(at: u64, size: usize, value: u64) -> Access {
 }
 
 /// Runs `build` with RBX at the device's registers, and gives the machine back after it.
-fn device(bench: &Bench, answers: &[u64], build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Result<(Guest, Machine), Skip> {
+fn device(
+    bench: &Bench,
+    answers: &[u64],
+    build: impl FnOnce(&mut CodeAssembler) -> Assembled,
+) -> Result<(Guest, Machine), Skip> {
     let guest = Guest::running(|a| {
         a.mov(rbx, DEVICE)?;
         build(a)
@@ -142,12 +146,10 @@ fn exchange_and_compare(bench: &Bench) -> Outcome {
         a.sete(dil)
     })?;
     let accesses = machine.accesses();
-    assert_eq!(accesses[..4], [
-        read(DEVICE, 4, 0x55),
-        write(DEVICE, 4, 0x66),
-        read(DEVICE + 4, 4, 7),
-        write(DEVICE + 4, 4, 8),
-    ]);
+    assert_eq!(
+        accesses[..4],
+        [read(DEVICE, 4, 0x55), write(DEVICE, 4, 0x66), read(DEVICE + 4, 4, 7), write(DEVICE + 4, 4, 8),]
+    );
     // A comparison that fails may write back what it read (volume 2, CMPXCHG).
     assert_eq!(accesses[4], read(DEVICE + 8, 4, 9));
     assert!(accesses.len() == 5 || accesses[5..] == [write(DEVICE + 8, 4, 9)], "{accesses:x?}");
@@ -259,8 +261,12 @@ fn sse_moves(bench: &Bench) -> Outcome {
         a.movups(xmm3, xmmword_ptr(rbx))?;
         a.movups(xmmword_ptr(rbx + 0x10), xmm3)
     })?;
-    let expected =
-        [read(DEVICE, 8, 0x1111), read(DEVICE + 8, 8, 0x2222), write(DEVICE + 16, 8, 0x1111), write(DEVICE + 24, 8, 0x2222)];
+    let expected = [
+        read(DEVICE, 8, 0x1111),
+        read(DEVICE + 8, 8, 0x2222),
+        write(DEVICE + 16, 8, 0x1111),
+        write(DEVICE + 24, 8, 0x2222),
+    ];
     assert_eq!(bytewise(&machine.accesses()), bytewise(&expected));
     assert_eq!(machine.state().fpu.xmm[3], [0x1111, 0x2222]);
     Ok(())
@@ -275,8 +281,7 @@ fn unaligned_accesses_reach_every_byte(bench: &Bench) -> Outcome {
             a.mov(dword_ptr(rbx + off + 0x20), eax)
         })?;
         let off = off as u64;
-        let expected =
-            [write(DEVICE + off, 8, 0x1122_3344_5566_7788), write(DEVICE + off + 0x20, 4, 0x5566_7788)];
+        let expected = [write(DEVICE + off, 8, 0x1122_3344_5566_7788), write(DEVICE + off + 0x20, 4, 0x5566_7788)];
         assert_eq!(bytewise(&machine.accesses()), bytewise(&expected), "offset {off:#x}");
     }
     Ok(())
@@ -299,7 +304,8 @@ fn operands_that_straddle_the_end_of_memory(bench: &Bench) -> Outcome {
         machine.run()?.done();
         let bytes = 0x8877_6655_4433_2211u64.to_le_bytes();
         assert_eq!(guest.bytes(at, inside as usize), bytes[..inside as usize], "{inside} bytes inside");
-        let outer: Vec<_> = bytewise(&machine.accesses()).iter().map(|access| (access.kind, access.at, access.value)).collect();
+        let outer: Vec<_> =
+            bytewise(&machine.accesses()).iter().map(|access| (access.kind, access.at, access.value)).collect();
         let written = (0..outside).map(|n| (Kind::Write, HOLE + n, bytes[(inside + n) as usize].into()));
         let expected: Vec<_> = written.chain((0..outside).map(|n| (Kind::Read, HOLE + n, 0xff))).collect();
         assert_eq!(outer, expected, "{inside} bytes inside");

@@ -124,7 +124,8 @@ fn ins_of_every_width(bench: &Bench) -> Outcome {
         let answers = [0x8182_8384, 0x9192_9394, 0xa1a2_a3a4, 0xb1b2_b3b4];
         let mut machine = Machine::answering(bench, &guest, &answers)?;
         machine.run()?.done();
-        let expected: Vec<u8> = answers.iter().flat_map(|answer: &u64| answer.to_le_bytes()[..width].to_vec()).collect();
+        let expected: Vec<u8> =
+            answers.iter().flat_map(|answer: &u64| answer.to_le_bytes()[..width].to_vec()).collect();
         assert_eq!(guest.bytes(DATA, 4 * width), expected);
         assert_eq!(guest.bytes(DATA + 4 * width as u64, 4), [0; 4]);
         let state = machine.state();
@@ -245,9 +246,14 @@ fn privilege_by_iopl_and_bitmap(bench: &Bench) -> Outcome {
 fn the_bitmap_covers_every_byte_of_an_access(bench: &Bench) -> Outcome {
     /// A TSS with a bitmap for the ports up to 0x7ff, in a page of its own.
     const WIDE_TSS: u64 = DATA + 0x1000;
-    for (port, width, allowed) in
-        [(0x600u64, 1, true), (0x600, 2, true), (0x600, 4, false), (0x602, 1, true), (0x603, 1, false), (0x9000, 1, false)]
-    {
+    for (port, width, allowed) in [
+        (0x600u64, 1, true),
+        (0x600, 2, true),
+        (0x600, 4, false),
+        (0x602, 1, true),
+        (0x603, 1, false),
+        (0x9000, 1, false),
+    ] {
         let mut guest = Guest::new();
         guest.user(|a| {
             a.mov(edx, port as u32)?;

@@ -28,7 +28,10 @@ const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const ENTRY: u64 = CODE + 0x1000;
 
 /// A guest of level 3 whose system calls arrive at `entry`.
-fn calling(user: impl FnOnce(&mut CodeAssembler) -> Assembled, entry: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Guest {
+fn calling(
+    user: impl FnOnce(&mut CodeAssembler) -> Assembled,
+    entry: impl FnOnce(&mut CodeAssembler) -> Assembled,
+) -> Guest {
     let mut guest = Guest::new();
     guest.user(user);
     guest.code_at(ENTRY, entry);
@@ -73,13 +76,16 @@ fn keep_user(a: &mut CodeAssembler, n: u64) -> Assembled {
 
 fn syscall_masks_flags(bench: &Bench) -> Outcome {
     bench.needs(&crate::abilities::SYSCALL)?;
-    let mut guest = calling(|a| a.syscall(), |a| {
-        keep(a, 0, r11)?;
-        a.pushfq()?;
-        a.pop(rax)?;
-        keep(a, 1, rax)?;
-        a.sysretq()
-    });
+    let mut guest = calling(
+        |a| a.syscall(),
+        |a| {
+            keep(a, 0, r11)?;
+            a.pushfq()?;
+            a.pop(rax)?;
+            keep(a, 1, rax)?;
+            a.sysretq()
+        },
+    );
     // The kernel's stack is the user's here, so it must be writable to both.
     guest.state.rflags |= 1 << 10 | 0x8d5;
     let before = guest.state.rflags;
@@ -92,10 +98,13 @@ fn syscall_masks_flags(bench: &Bench) -> Outcome {
 /// RFLAGS from R11, without RF and VM.
 fn sysret_loads_its_flags(bench: &Bench) -> Outcome {
     bench.needs(&crate::abilities::SYSCALL)?;
-    let guest = calling(|a| a.syscall(), |a| {
-        a.mov(r11, IF | 1 << 16 | 1 << 17 | 1 << 21 | 0x8d5)?;
-        a.sysretq()
-    });
+    let guest = calling(
+        |a| a.syscall(),
+        |a| {
+            a.mov(r11, IF | 1 << 16 | 1 << 17 | 1 << 21 | 0x8d5)?;
+            a.sysretq()
+        },
+    );
     let state = run_to_end(bench, &guest)?;
     assert_eq!(state.rflags & !(1 << 16), RFLAGS | IF | 1 << 21 | 0x8d5);
     Ok(())

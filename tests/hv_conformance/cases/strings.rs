@@ -19,18 +19,10 @@ cases!(strings:
 type Build = fn(&mut CodeAssembler) -> Assembled;
 
 fn every_width_up_and_down(bench: &Bench) -> Outcome {
-    const MOVES: [(u64, Build); 4] = [
-        (1, |a| a.rep().movsb()),
-        (2, |a| a.rep().movsw()),
-        (4, |a| a.rep().movsd()),
-        (8, |a| a.rep().movsq()),
-    ];
-    const STORES: [(u64, Build); 4] = [
-        (1, |a| a.rep().stosb()),
-        (2, |a| a.rep().stosw()),
-        (4, |a| a.rep().stosd()),
-        (8, |a| a.rep().stosq()),
-    ];
+    const MOVES: [(u64, Build); 4] =
+        [(1, |a| a.rep().movsb()), (2, |a| a.rep().movsw()), (4, |a| a.rep().movsd()), (8, |a| a.rep().movsq())];
+    const STORES: [(u64, Build); 4] =
+        [(1, |a| a.rep().stosb()), (2, |a| a.rep().stosw()), (4, |a| a.rep().stosd()), (8, |a| a.rep().stosq())];
     const COUNT: u64 = 37;
     let text: Vec<u8> = (0..512).map(|n| (n * 7 + n / 256) as u8).collect();
     for (moves, table) in [(true, MOVES), (false, STORES)] {
@@ -49,7 +41,10 @@ fn every_width_up_and_down(bench: &Bench) -> Outcome {
                 let expected = if moves { &text[..len] } else { &stored };
                 let what = format!("moves {moves}, width {width}, down {down}");
                 assert_eq!(guest.bytes(DATA + 0x1001, len), expected, "{what}");
-                assert_eq!((guest.bytes(DATA + 0x1000, 1), guest.bytes(DATA + 0x1001 + len as u64, 1)), (vec![0], vec![0]));
+                assert_eq!(
+                    (guest.bytes(DATA + 0x1000, 1), guest.bytes(DATA + 0x1001 + len as u64, 1)),
+                    (vec![0], vec![0])
+                );
                 let moved = |from: u64| if down { from + last - COUNT * width } else { from + COUNT * width };
                 assert_eq!((state.gpr[1], state.gpr[7]), (0, moved(DATA + 0x1001)), "{what}");
                 assert_eq!(state.gpr[6], if moves { moved(DATA) } else { DATA + last }, "{what}");
