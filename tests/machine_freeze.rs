@@ -220,7 +220,7 @@ async fn images_of_two_vcpus_are_of_one_instant() {
         let round = check_ball(&frozen);
         assert!(round >= before, "round {round} after {before}");
         before = round;
-        let mut clone = frozen.restore(&Soft::new(), &[]).await.expect("restored");
+        let mut clone = frozen.restore(bare_machine::engine().as_ref(), &[]).await.expect("restored");
         clone.resume();
         go_on(&clone, 2).await;
         check_ball(&clone.freeze().await.expect("kept"));

@@ -24,7 +24,6 @@ use bare_machine::start_with;
 use bare_machine::write_msr;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
 use kiln::hv::state::x86_64::Activity;
 use kiln::units::Bytes;
@@ -185,7 +184,8 @@ async fn an_interrupt_from_one_vcpu_to_another_is_saved_with_the_machine() {
         say(a, DONE)
     });
     let (state, ram) = fresh_with(&[sender, receiver]);
-    let mut machine = kiln::vmm::Machine::restore(&Soft::new(), &state, ram, &[]).await.expect("a valid state");
+    let mut machine =
+        kiln::vmm::Machine::restore(bare_machine::engine().as_ref(), &state, ram, &[]).await.expect("a valid state");
     // The receiver's controller must be on before anything is sent to it: the sender begins with a jump to itself.
     let begin = machine.memory().load::<u16>(bare::CODE).expect("in memory");
     vm_memory::Bytes::write_obj(machine.memory().memory(), 0xfeebu16, vm_memory::GuestAddress(bare::CODE))
@@ -239,7 +239,9 @@ async fn states_that_no_machine_can_be_in_are_refused() {
     let refused = |change: fn(&mut MachineState)| {
         let (mut state, ram) = fresh_with(&programs);
         change(&mut state);
-        async move { kiln::vmm::Machine::restore(&Soft::new(), &state, ram, &[]).await.expect_err("refused") }
+        async move {
+            kiln::vmm::Machine::restore(bare_machine::engine().as_ref(), &state, ram, &[]).await.expect_err("refused")
+        }
     };
     assert!(matches!(refused(|state| state.vcpus.clear()).await, RestoreError::Vcpus { found: 0 }));
     let many = refused(|state| {

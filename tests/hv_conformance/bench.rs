@@ -97,11 +97,6 @@ impl Bench {
         }
     }
 
-    /// All engines but this one.
-    pub(crate) fn others(&self) -> Vec<&'static str> {
-        self.all.iter().map(|engine| engine.name).filter(|name| *name != self.engine.name).collect()
-    }
-
     /// Skips the case where the engine lacks an ability, as its probe finds.
     pub(crate) fn needs(&self, ability: &Ability) -> Outcome {
         let key = (self.engine.name, ability.name);

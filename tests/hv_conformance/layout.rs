@@ -25,8 +25,6 @@ pub(crate) const LOW_TABLE: u64 = 0x4000;
 pub(crate) const WINDOW_TABLE: u64 = 0x5000;
 /// The directory of the GiB below 4 GiB: the interrupt controllers and a hole.
 pub(crate) const HIGH_DIRECTORY: u64 = 0x6000;
-/// For a case that needs one more table.
-pub(crate) const SPARE_TABLE: u64 = 0x7000;
 
 pub(crate) const GDT: u64 = 0x8000;
 pub(crate) const GDT_LIMIT: u16 = 0x7f;
@@ -83,7 +81,7 @@ pub(crate) const ABSENT: u16 = 0x58;
 /// A second code segment of level 0, and a read-only data segment.
 pub(crate) const OTHER_CS: u16 = 0x60;
 pub(crate) const READ_ONLY: u16 = 0x68;
-/// A conforming code segment's user counterpart is not needed; a 16-bit data segment is.
+/// Past the end of the GDT.
 pub(crate) const BEYOND_GDT: u16 = 0x80;
 
 // Page-table entry bits (SDM volume 3A, 4.5.4).

@@ -41,7 +41,10 @@ fn leaves() -> impl Iterator<Item = u32> {
     (0..BASIC).chain(0x4000_0000..0x4000_0011).chain(0x8000_0000..0x8000_0009)
 }
 
-fn all(bench: &Bench) -> Result<Vec<((u32, u32), [u32; 4])>, Skip> {
+/// A leaf and a subleaf, and what CPUID says of them.
+type Answer = ((u32, u32), [u32; 4]);
+
+fn all(bench: &Bench) -> Result<Vec<Answer>, Skip> {
     let guest = asking();
     run_to_end(bench, &guest)?;
     let bytes = guest.bytes(DATA, (LEAVES * SUBLEAVES * 16) as usize);
@@ -50,7 +53,7 @@ fn all(bench: &Bench) -> Result<Vec<((u32, u32), [u32; 4])>, Skip> {
     Ok(names.enumerate().map(|(n, name)| (name, [0, 4, 8, 12].map(|at| word(n * 16 + at)))).collect())
 }
 
-fn leaf(all: &[((u32, u32), [u32; 4])], leaf: u32) -> [u32; 4] {
+fn leaf(all: &[Answer], leaf: u32) -> [u32; 4] {
     all.iter().find(|(name, _)| *name == (leaf, 0)).expect("asked for").1
 }
 

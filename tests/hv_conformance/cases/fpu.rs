@@ -50,7 +50,8 @@ fn fxrstor_is_saved(bench: &Bench) -> Outcome {
     let guest = Guest::running(|a| a.fxrstor64(ptr(IMAGE)));
     guest.put(IMAGE, 0x37f | (7 << 11) << 16 | 0b1000_0000 << 32);
     guest.put(IMAGE + 24, 0x1f80);
-    (guest.put(IMAGE + 32, 0xa000_0000_0000_0000), guest.put(IMAGE + 40, 0x4002));
+    guest.put(IMAGE + 32, 0xa000_0000_0000_0000);
+    guest.put(IMAGE + 40, 0x4002);
     for n in 0..32 {
         guest.put(IMAGE + 160 + n * 8, 0x1111 * n);
     }

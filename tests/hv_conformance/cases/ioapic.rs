@@ -32,7 +32,7 @@ fn registers_read_back(bench: &Bench) -> Outcome {
         ioapic_read(a, 1)?;
         keep(a, 0, rax)?;
         for pin in 0..24 {
-            redirect(a, pin, 0x0100_0000_0001_a900 | 0x30 + u64::from(pin))?;
+            redirect(a, pin, 0x0100_0000_0001_a900 | (0x30 + u64::from(pin)))?;
         }
         for pin in 0..24 {
             ioapic_read(a, 0x10 + pin * 2)?;
@@ -50,7 +50,7 @@ fn registers_read_back(bench: &Bench) -> Outcome {
     assert_eq!(guest.result(0) & 0xff, 0x11, "version");
     assert_eq!(guest.result(0) >> 16 & 0xff, 23, "the last entry");
     for pin in 0..24 {
-        assert_eq!(guest.result(1 + pin * 2), 0x1_a900 | 0x30 + pin, "pin {pin}");
+        assert_eq!(guest.result(1 + pin * 2), 0x1_a900 | (0x30 + pin), "pin {pin}");
         assert_eq!(guest.result(2 + pin * 2), 0x0100_0000, "pin {pin}");
     }
     assert_eq!(guest.result(60), 0x10 + 47);

@@ -180,7 +180,7 @@ fn string_moves_from_and_to_registers(bench: &Bench) -> Outcome {
         write(DEVICE + 0x100, 1, 1),
         write(DEVICE + 0x101, 1, 0),
         write(DEVICE + 0x102, 1, 0),
-        write(DEVICE + 0x103, 8, 0x0000_0003_0000_0002_00),
+        write(DEVICE + 0x103, 8, 0x0000_0300_0000_0200),
     ];
     assert_eq!(bytewise(&machine.accesses()), bytewise(&expected));
     let gpr = machine.state().gpr;

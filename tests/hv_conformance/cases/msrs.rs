@@ -186,7 +186,7 @@ fn the_paravirtual_clock(bench: &Bench) -> Outcome {
     let now = time + ((u128::from(scaled) * u128::from(multiplier)) >> 32) as u64;
     assert!(multiplier != 0 && now < 3_600_000_000_000, "{now} ns");
     let wall = guest.get(DATA + 0x40);
-    assert!(wall as u32 != 0 && wall as u32 % 2 == 0, "wall clock version");
+    assert!(wall as u32 != 0 && (wall as u32).is_multiple_of(2), "wall clock version");
     assert!(wall >> 32 > 1_600_000_000, "seconds since 1970: {}", wall >> 32);
     assert_eq!((guest.result(1), state.msrs.kvm_system_time), (DATA | 1, DATA | 1));
     Ok(())

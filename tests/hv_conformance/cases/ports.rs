@@ -190,7 +190,7 @@ fn repeated_strings_cross_pages(bench: &Bench) -> Outcome {
     for n in 0..4 {
         guest.map(WINDOW + n * 0x1000, (FRAMES + (3 - n) * 0x1000) | RW | P);
     }
-    let answers: Vec<u64> = (0..COUNT).map(|n| n * 0x0101_0101 & 0xffff_ffff).collect();
+    let answers: Vec<u64> = (0..COUNT).map(|n| (n * 0x0101_0101) & 0xffff_ffff).collect();
     let mut machine = Machine::answering(bench, &guest, &answers)?;
     machine.run()?.done();
     let accesses = machine.accesses();

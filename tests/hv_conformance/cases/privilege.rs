@@ -17,9 +17,6 @@ cases!(privilege:
     a_stack_of_its_own_for_each_level,
 );
 
-pub(super) const STAR: u32 = 0xc000_0081;
-pub(super) const LSTAR: u32 = 0xc000_0082;
-pub(super) const SFMASK: u32 = 0xc000_0084;
 const FS_BASE: u32 = 0xc000_0100;
 const GS_BASE: u32 = 0xc000_0101;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
