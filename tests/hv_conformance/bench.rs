@@ -58,15 +58,14 @@ struct Deadline {
 #[derive(Clone, Debug)]
 pub(crate) struct Bench {
     engine: Engine,
-    all: Arc<[Engine]>,
     deadline: Arc<Mutex<Deadline>>,
     /// What this host's engines were found to be able to, by engine and ability.
     probed: Arc<Mutex<HashMap<(&'static str, &'static str), bool>>>,
 }
 
 impl Bench {
-    pub(crate) fn new(engine: Engine, all: Arc<[Engine]>) -> Self {
-        Self { engine, all, deadline: Arc::default(), probed: Arc::default() }
+    pub(crate) fn new(engine: Engine) -> Self {
+        Self { engine, deadline: Arc::default(), probed: Arc::default() }
     }
 
     /// The same, for the next case: with a deadline of its own.
@@ -87,14 +86,9 @@ impl Bench {
         self.engine.name == engines::SOFT
     }
 
-    /// The bench of another engine, or why there is none; for the same case.
-    pub(crate) fn beside(&self, engine: &str) -> Result<Self, Skip> {
-        let other = self.all.iter().find(|other| other.name == engine);
-        let other = other.ok_or_else(|| Skip(format!("this build has no engine {engine}")))?;
-        match &other.hypervisor {
-            Ok(_) => Ok(Self { engine: other.clone(), ..self.clone() }),
-            Err(why) => Err(Skip(format!("there is no engine {engine} here: {why}"))),
-        }
+    /// A software engine of its own, for the same case.
+    pub(crate) fn beside(&self) -> Self {
+        Self { engine: engines::soft(), ..self.clone() }
     }
 
     /// Skips the case where the engine lacks an ability, as its probe finds.

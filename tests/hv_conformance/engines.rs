@@ -20,7 +20,12 @@ pub(crate) struct Engine {
 
 /// All of them.
 pub(crate) fn all() -> Vec<Engine> {
-    vec![Engine { name: SOFT, hypervisor: Ok(Arc::new(Soft::new())) }, kvm()]
+    vec![soft(), kvm()]
+}
+
+/// A software engine that shares nothing with others.
+pub(crate) fn soft() -> Engine {
+    Engine { name: SOFT, hypervisor: Ok(Arc::new(Soft::new())) }
 }
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]

@@ -3,7 +3,6 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -61,7 +60,7 @@ impl Counts {
 
 /// Runs what `options` ask for.
 pub(crate) fn run(options: &Options) -> ExitCode {
-    let all: Arc<[Engine]> = engines::all().into();
+    let all = engines::all();
     let engines: Vec<_> = all.iter().filter(|e| options.engine.as_deref().is_none_or(|name| name == e.name)).collect();
     if engines.is_empty() {
         let names: Vec<_> = all.iter().map(|engine| engine.name).collect();
@@ -76,7 +75,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     }
     println!("\nrunning {} cases on {} engines", wanted.len(), engines.len());
     let started = Instant::now();
-    let counts: Vec<_> = engines.iter().map(|engine| (engine.name, run_on(engine, &all, &wanted))).collect();
+    let counts: Vec<_> = engines.iter().map(|engine| (engine.name, run_on(engine, &wanted))).collect();
     println!();
     counts.iter().for_each(|(engine, counts)| counts.report(engine));
     let filtered = (every.len() - wanted.len()) * engines.len();
@@ -97,14 +96,14 @@ fn summary<'a>(counts: impl Iterator<Item = &'a Counts>, filtered: usize, took: 
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_on(engine: &Engine, all: &Arc<[Engine]>, cases: &[Case]) -> Counts {
+fn run_on(engine: &Engine, cases: &[Case]) -> Counts {
     let mut counts = Counts::default();
     if let Err(why) = &engine.hypervisor {
         println!("test {}: all {} cases ... skipped: {why}", engine.name, cases.len());
         cases.iter().for_each(|case| counts.add(case.name, &Verdict::Skipped(why.clone())));
         return counts;
     }
-    let bench = Bench::new(engine.clone(), Arc::clone(all));
+    let bench = Bench::new(engine.clone());
     for case in cases {
         let started = Instant::now();
         let verdict = judge(case, &bench.renewed());

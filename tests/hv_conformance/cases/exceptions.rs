@@ -100,7 +100,7 @@ fn overflow_by_int_4(bench: &Bench) -> Outcome {
 fn invalid_opcode(bench: &Bench) -> Outcome {
     for build in [
         |a: &mut CodeAssembler| a.ud2(),
-        // PUSH ES, BOUND's old place without its operand in memory, LOCK NOP, LOCK ADD to a register, MOV to CS.
+        // PUSH ES, DAA, LOCK NOP, LOCK ADD to a register, MOV to CS.
         |a| a.db(&[0x06]),
         |a| a.db(&[0x27]),
         |a| a.db(&[0xf0, 0x90]),

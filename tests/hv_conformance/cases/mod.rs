@@ -60,7 +60,7 @@ pub(crate) fn all() -> impl Iterator<Item = Case> {
 
 /// The software engine, for a comparison with one that shows guests the same processor.
 fn soft_of_same_profile(bench: &Bench) -> Result<Bench, Skip> {
-    let soft = bench.beside(crate::engines::SOFT)?;
+    let soft = bench.beside();
     match (bench.hypervisor().cpu_profile(), soft.hypervisor().cpu_profile()) {
         (ours, theirs) if ours == theirs => Ok(soft),
         (ours, theirs) => Err(Skip(format!("its profile is {ours}, and the software engine's {theirs}"))),

@@ -1,235 +1,15 @@
-//! A machine saved at every point of a program and gone on with elsewhere ends as one that was never saved.
-//!
-//! A program stops at its points: writes to a port, and accesses that its handler answers. At each of them the whole
-//! machine but its memory is saved, a fresh one is made over the same memory by the next engine of a round, and goes on.
-//! `soft` alone is a round, `kvm` alone is one, and both in turn are one, where they claim the same processor.
+//! The programs that are saved everywhere: each has another part of the state alive at its points.
 
-use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
-
-use kiln::hv::state::IrqChipState;
-use kiln::hv::state::VcpuState;
-use kiln::hv::state::x86_64::Activity;
-
-use super::apic::*;
-use super::lapic::write_msr;
-use super::*;
+use super::super::apic::*;
+use super::super::lapic::keep_msr;
+use super::super::lapic::write_msr;
+use super::super::*;
+use super::Program;
 use crate::abilities;
-use crate::abilities::Ability;
-use crate::bus::Access;
 use crate::bus::EDGE_PORT;
 use crate::bus::HIGH_PORT;
 use crate::bus::LOW_PORT;
 use crate::bus::POINT_REGISTER;
-
-cases!(save_everywhere:
-    registers_and_flags,
-    control_state,
-    pending_interrupts,
-    interrupts_in_service,
-    interrupt_shadows,
-    an_armed_timer,
-    an_armed_deadline,
-    masked_nmis,
-    strings_of_ports,
-    strings_of_registers,
-    floating_point,
-    level_3,
-    system_calls,
-    exceptions,
-    paging,
-    single_steps,
-    code_that_changes,
-    a_halted_machine,
-    across_registers_and_flags,
-    across_control_state,
-    across_pending_interrupts,
-    across_interrupts_in_service,
-    across_interrupt_shadows,
-    across_an_armed_timer,
-    across_an_armed_deadline,
-    across_masked_nmis,
-    across_strings_of_ports,
-    across_strings_of_registers,
-    across_floating_point,
-    across_level_3,
-    across_system_calls,
-    across_exceptions,
-    across_paging,
-    across_single_steps,
-    across_code_that_changes,
-    across_a_halted_machine,
-);
-
-/// A program: the guest, what its reads are answered, whether every access is a point, and what it needs of engines.
-struct Program {
-    guest: Guest,
-    answers: Vec<u64>,
-    every_access: bool,
-    needs: &'static [&'static Ability],
-    /// Whether it looks at the time stamp counter, whose rate is part of a profile.
-    tells_time: bool,
-}
-
-impl From<Guest> for Program {
-    fn from(guest: Guest) -> Self {
-        Self { guest, answers: Vec::new(), every_access: false, needs: &[], tells_time: false }
-    }
-}
-
-/// What must be the same at the end, however often the machine was saved.
-#[derive(Debug, PartialEq)]
-struct Outcomes {
-    state: VcpuState,
-    irqchip: IrqChipState,
-    accesses: Vec<Access>,
-    results: Vec<u8>,
-    data: Vec<u8>,
-}
-
-impl Outcomes {
-    fn of(machine: &mut Machine, mut accesses: Vec<Access>, guest: &Guest) -> Self {
-        accesses.extend(machine.accesses());
-        Self {
-            state: timeless(machine.state()),
-            irqchip: machine.vm.save_irqchip().expect("saves"),
-            accesses,
-            results: guest.bytes(RESULTS, 0x1000),
-            data: guest.bytes(DATA, 0x1_0000),
-        }
-    }
-}
-
-/// A state without what time alone changes, and without the x87 pointers, which processors may drop (volume 1, 8.1.8).
-/// A timer that has expired may read as one that was never started. RF ends with the next instruction, and an engine
-/// without instruction breakpoints need not know it.
-fn timeless(mut state: VcpuState) -> VcpuState {
-    const RF: u64 = 1 << 16;
-    state.msrs.tsc = 0;
-    state.rflags &= !RF;
-    if state.lapic.timer_left_ns.is_none() {
-        state.lapic.timer_initial = 0;
-    }
-    (state.lapic.timer_left_ns, state.lapic.tsc_deadline) = (None, 0);
-    (state.fpu.fip, state.fpu.fdp, state.fpu.fop) = (0, 0, 0);
-    state
-}
-
-/// Runs the program without saving it, past all of its points.
-fn uninterrupted(bench: &Bench, program: &Program) -> Result<(Outcomes, u64), Skip> {
-    let mut machine = Machine::answering(bench, &program.guest, &program.answers)?;
-    let mut points = 0;
-    while let End::Point(_) = expected(machine.run()?) {
-        points += 1;
-    }
-    Ok((Outcomes::of(&mut machine, Vec::new(), &program.guest), points))
-}
-
-/// Runs the program on the engines of `round` in turn, changing at every point.
-fn saved(round: &[&Bench], program: &Program) -> Result<(Outcomes, u64), Skip> {
-    let mut engines = round.iter().cycle();
-    let mut next = || *engines.next().expect("a round has an engine");
-    let mut machine = Machine::answering(next(), &program.guest, &program.answers)?;
-    let mut accesses = Vec::new();
-    let mut points = 0;
-    loop {
-        if program.every_access {
-            machine.bus.stop_at_every_access();
-        }
-        if expected(machine.run()?) == End::Done {
-            return Ok((Outcomes::of(&mut machine, accesses, &program.guest), points));
-        }
-        points += 1;
-        machine = moved(machine, next(), &program.guest, &mut accesses)?;
-    }
-}
-
-#[track_caller]
-fn expected(end: End) -> End {
-    assert!(matches!(end, End::Done | End::Point(_)), "{end:x?}");
-    end
-}
-
-/// Saves the machine, drops it, and goes on under another.
-fn moved(mut from: Machine, to: &Bench, guest: &Guest, accesses: &mut Vec<Access>) -> Result<Machine, Skip> {
-    from.vm.stop_time();
-    let mut state = from.state();
-    pass_stop(&mut state, &guest.ram);
-    let irqchip = from.vm.save_irqchip().expect("saves");
-    // After the state: an engine may have to complete an access for it.
-    accesses.extend(from.accesses());
-    let answers = from.bus.answers();
-    drop(from);
-    let mut into = Machine::over(to, &guest.ram, &answers)?;
-    into.vm.stop_time();
-    into.vm.restore_irqchip(&irqchip).expect("a valid state");
-    into.restore(&state);
-    let again = (timeless(into.state()), into.vm.save_irqchip().expect("saves"));
-    assert_eq!(again, (timeless(state), irqchip), "restored under {}", to.engine_name());
-    into.vm.start_time();
-    Ok(into)
-}
-
-/// Under one engine.
-fn same(bench: &Bench, program: fn() -> Program) -> Outcome {
-    compare(bench, &[bench], program)
-}
-
-/// Under this engine and each other one in turn. For the software engine, whose rounds with the others are theirs,
-/// this is one with a second engine of its own kind, which shares nothing with the first.
-///
-/// No program asks CPUID, so that those which tell no time go on under another profile too.
-fn across(bench: &Bench, program: fn() -> Program) -> Outcome {
-    let soft = if program().tells_time { soft_of_same_profile(bench)? } else { bench.beside(crate::engines::SOFT)? };
-    compare(bench, &[bench, &soft], program)
-}
-
-fn compare(bench: &Bench, round: &[&Bench], program: fn() -> Program) -> Outcome {
-    for ability in program().needs {
-        round.iter().try_for_each(|bench| bench.needs(ability))?;
-    }
-    let (reference, _) = uninterrupted(bench, &program())?;
-    let (outcomes, points) = saved(round, &program())?;
-    assert!(points > 0, "nothing was saved");
-    assert_eq!(outcomes.accesses, reference.accesses, "accesses");
-    assert_eq!(outcomes.results, reference.results, "results");
-    assert_eq!(outcomes.state, reference.state, "state");
-    assert_eq!(outcomes, reference);
-    Ok(())
-}
-
-macro_rules! programs {
-    ($($name:ident, $across:ident: $program:ident;)+) => {$(
-        fn $name(bench: &Bench) -> Outcome {
-            same(bench, $program)
-        }
-
-        fn $across(bench: &Bench) -> Outcome {
-            across(bench, $program)
-        }
-    )+};
-}
-
-programs! {
-    registers_and_flags, across_registers_and_flags: arithmetic;
-    control_state, across_control_state: controls;
-    pending_interrupts, across_pending_interrupts: waiting;
-    interrupts_in_service, across_interrupts_in_service: in_service;
-    interrupt_shadows, across_interrupt_shadows: shadows;
-    an_armed_timer, across_an_armed_timer: timer;
-    an_armed_deadline, across_an_armed_deadline: deadline;
-    masked_nmis, across_masked_nmis: nmis;
-    strings_of_ports, across_strings_of_ports: port_strings;
-    strings_of_registers, across_strings_of_registers: register_strings;
-    floating_point, across_floating_point: fpu;
-    level_3, across_level_3: user;
-    system_calls, across_system_calls: calls;
-    exceptions, across_exceptions: faults;
-    paging, across_paging: tables;
-    single_steps, across_single_steps: steps;
-    code_that_changes, across_code_that_changes: changing_code;
-}
 
 /// A point that leaves all registers as they are.
 fn quiet_point(a: &mut CodeAssembler) -> Assembled {
@@ -237,7 +17,7 @@ fn quiet_point(a: &mut CodeAssembler) -> Assembled {
 }
 
 /// Arithmetic whose flags are live across points.
-fn arithmetic() -> Program {
+pub(super) fn arithmetic() -> Program {
     let guest = Guest::running(|a| {
         let mut again = a.create_label();
         a.mov(rax, 0x9e37_79b9_7f4a_7c15u64)?;
@@ -267,7 +47,7 @@ fn arithmetic() -> Program {
 }
 
 /// Control and debug registers, MSRs, descriptor tables and bases.
-fn controls() -> Program {
+pub(super) fn controls() -> Program {
     let mut guest = Guest::running(|a| {
         a.mov(rax, CR0 | 8)?;
         a.mov(cr0, rax)?;
@@ -309,7 +89,7 @@ fn controls() -> Program {
             keep(a, n, rax)?;
         }
         for (n, msr) in (8..).zip([0x175, 0x277, 0xc000_0082, 0xc000_0100, 0xc000_0102, 0xc000_0103]) {
-            super::lapic::keep_msr(a, n, msr)?;
+            keep_msr(a, n, msr)?;
         }
         a.sidt(ptr(RESULTS + 20 * 8))
     });
@@ -320,7 +100,7 @@ fn controls() -> Program {
 }
 
 /// A handler that notes its vector: result 0 counts, results from 1 on are vectors.
-fn noting(guest: &mut Guest, vector: u8, points: bool) {
+pub(super) fn noting(guest: &mut Guest, vector: u8, points: bool) {
     guest.handler(vector, |a| {
         a.push(rax)?;
         if points {
@@ -339,7 +119,7 @@ fn noting(guest: &mut Guest, vector: u8, points: bool) {
 }
 
 /// Edge, level and interprocessor interrupts that wait for IF.
-fn waiting() -> Program {
+pub(super) fn waiting() -> Program {
     let mut guest = Guest::running(|a| {
         enable(a)?;
         redirect(a, 4, 0x44)?;
@@ -372,7 +152,7 @@ fn waiting() -> Program {
 }
 
 /// Points in handlers, one inside the other, and with the level of a line high.
-fn in_service() -> Program {
+pub(super) fn in_service() -> Program {
     let mut guest = Guest::running(|a| {
         enable(a)?;
         redirect(a, 6, PIN_LEVEL | 0x46)?;
@@ -403,7 +183,7 @@ fn in_service() -> Program {
 }
 
 /// MOV SS from a register of a device: the run stops in its shadow, or soon after it, with an interrupt waiting.
-fn shadows() -> Program {
+pub(super) fn shadows() -> Program {
     let mut guest = Guest::running(|a| {
         enable(a)?;
         a.mov(rbx, POINT_REGISTER)?;
@@ -428,7 +208,7 @@ fn shadows() -> Program {
 }
 
 /// A one-shot timer that is armed at some of the points and fires once, and a periodic one that goes on.
-fn timer() -> Program {
+pub(super) fn timer() -> Program {
     let mut guest = Guest::running(|a| {
         enable(a)?;
         lapic_write(a, DIVIDE, DIVIDE_BY_1)?;
@@ -454,7 +234,7 @@ fn timer() -> Program {
     guest.into()
 }
 
-fn deadline() -> Program {
+pub(super) fn deadline() -> Program {
     let mut guest = Guest::running(|a| {
         enable(a)?;
         lapic_write(a, LVT_TIMER, TSC_DEADLINE | 0x46)?;
@@ -486,7 +266,7 @@ fn deadline() -> Program {
 }
 
 /// Points in an NMI's handler, with another one waiting.
-fn nmis() -> Program {
+pub(super) fn nmis() -> Program {
     let mut guest = Guest::running(|a| {
         enable(a)?;
         send(a, 0, ASSERT | NMI)?;
@@ -515,7 +295,7 @@ fn nmis() -> Program {
 }
 
 /// INS and OUTS, up and down: in the middle, where the engine stops there, and after them.
-fn port_strings() -> Program {
+pub(super) fn port_strings() -> Program {
     let guest = Guest::running(|a| {
         a.mov(edx, 0x600)?;
         a.mov(edi, DATA as u32 + 0xfe1)?;
@@ -533,7 +313,7 @@ fn port_strings() -> Program {
 }
 
 /// MOVS, STOS and LODS through a device's registers.
-fn register_strings() -> Program {
+pub(super) fn register_strings() -> Program {
     let guest = Guest::running(|a| {
         a.mov(rsi, DEVICE)?;
         a.mov(edi, DATA as u32 + 0xffa)?;
@@ -567,7 +347,7 @@ fn user_with_points(build: impl FnOnce(&mut CodeAssembler) -> Assembled) -> Gues
 }
 
 /// x87, MMX and SSE registers, control words and sticky flags across points.
-fn fpu() -> Program {
+pub(super) fn fpu() -> Program {
     let guest = user_with_points(|a| {
         a.fninit()?;
         a.fldpi()?;
@@ -611,7 +391,7 @@ fn fpu() -> Program {
 }
 
 /// Points in the kernel that a program of level 3 calls, with the bases exchanged.
-fn user() -> Program {
+pub(super) fn user() -> Program {
     let mut guest = Guest::new();
     guest.user(|a| {
         let mut again = a.create_label();
@@ -642,7 +422,7 @@ fn user() -> Program {
 }
 
 /// The same by SYSCALL and SYSRET.
-fn calls() -> Program {
+pub(super) fn calls() -> Program {
     let mut guest = Guest::new();
     guest.user(|a| {
         let mut again = a.create_label();
@@ -666,7 +446,7 @@ fn calls() -> Program {
 }
 
 /// Points in handlers of faults, whose CR2 and stacks must still be there.
-fn faults() -> Program {
+pub(super) fn faults() -> Program {
     let mut guest = Guest::running(|a| {
         for n in 0..4 {
             a.mov(rbx, WINDOW + n * 0x1000)?;
@@ -700,7 +480,7 @@ fn faults() -> Program {
 }
 
 /// Translations that change between points.
-fn tables() -> Program {
+pub(super) fn tables() -> Program {
     let guest = Guest::running(|a| {
         a.mov(rbx, WINDOW)?;
         for n in 0..6 {
@@ -726,7 +506,7 @@ fn tables() -> Program {
 }
 
 /// TF is set, and the debug handler has points.
-fn steps() -> Program {
+pub(super) fn steps() -> Program {
     let mut guest = Guest::running(|a| {
         a.inc(ecx)?;
         a.inc(ecx)?;
@@ -749,7 +529,7 @@ fn steps() -> Program {
     guest.into()
 }
 
-fn changing_code() -> Program {
+pub(super) fn changing_code() -> Program {
     let guest = Guest::running(|a| {
         let mut again = a.create_label();
         a.mov(ebx, SECOND_CODE as u32)?;
@@ -766,45 +546,4 @@ fn changing_code() -> Program {
     });
     guest.put_bytes(SECOND_CODE, &[0xb8, 0, 1, 0, 0, 0xc3]);
     guest.into()
-}
-
-/// Kicks the machine until it is found in HLT, moves it, and ends the halt by a line of the new one.
-fn halted(bench: &Bench, to: &Bench) -> Outcome {
-    let mut guest = Guest::running(|a| {
-        enable(a)?;
-        redirect(a, 4, 0x44)?;
-        point(a, 1)?;
-        halt_until(a, 0, 1)
-    });
-    noting(&mut guest, 0x44, false);
-    let mut machine = Machine::new(bench, &guest)?;
-    machine.run()?.point();
-    loop {
-        let kick = Arc::clone(&machine.kick);
-        let kicker = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(5));
-            kick.kick();
-        });
-        let end = machine.run()?;
-        kicker.join().expect("no panic");
-        assert_eq!(end, End::Kicked);
-        if machine.state().activity == Activity::Halted {
-            break;
-        }
-    }
-    let mut machine = moved(machine, to, &guest, &mut Vec::new())?;
-    machine.bus.line(4).raise();
-    machine.run()?.done();
-    assert_eq!((guest.result(0), guest.result(1)), (1, 0x44));
-    Ok(())
-}
-
-fn a_halted_machine(bench: &Bench) -> Outcome {
-    halted(bench, bench)
-}
-
-fn across_a_halted_machine(bench: &Bench) -> Outcome {
-    let soft = bench.beside(crate::engines::SOFT)?;
-    halted(bench, &soft)?;
-    halted(&soft, bench)
 }
