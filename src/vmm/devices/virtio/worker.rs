@@ -31,6 +31,9 @@ pub(super) struct Shared {
     // Held for one `process` at a time, which is bounded: a reset waits at most that long, and after
     // it no thread touches the old queues any more.
     core: Mutex<Core>,
+    /// Whose turn at `core` is next. The worker takes `core` again as soon as it has let go of it, which a driver that
+    /// keeps it busy makes it do for ever; a vCPU that waits here meanwhile gets it first.
+    turn: Mutex<()>,
     pub(super) ram: Arc<GuestRam>,
     pub(super) interrupt: Arc<Interrupt>,
     pub(super) doorbell: Arc<Doorbell>,
@@ -45,7 +48,7 @@ impl Shared {
         doorbell: Arc<Doorbell>,
     ) -> Self {
         let core = Mutex::new(Core { device, queues: None });
-        Self { core, ram, interrupt: Arc::new(interrupt), doorbell, needs_reset: AtomicBool::new(false) }
+        Self { core, turn: Mutex::new(()), ram, interrupt: Arc::new(interrupt), doorbell, needs_reset: AtomicBool::new(false) }
     }
 
     pub(super) fn activate(&self, queues: Vec<DeviceQueue>) {
@@ -98,6 +101,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -127,6 +131,23 @@ impl Shared {
     }
 }
 
+/// What a device has to do, for the one thread that does it.
+#[derive(Debug)]
+pub struct Work {
+    shared: Arc<Shared>,
+}
+
+impl Work {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Does one bounded piece of work; nothing while no driver has set the device up.
+    pub fn step(&self) -> Progress {
+        self.shared.step()
+    }
+}
+
 /// Owns a device's thread: dropping it ends the thread, without waiting for it.
 #[derive(Debug)]
 pub struct Worker {
@@ -134,7 +155,9 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub(super) fn spawn(name: String, shared: Arc<Shared>) -> io::Result<Self> {
+    /// Starts a thread under `name` that does `work` whenever the doorbell of its device rings.
+    pub(super) fn spawn(name: String, work: Work) -> io::Result<Self> {
+        let shared = work.shared;
         let doorbell = Arc::clone(&shared.doorbell);
         thread::Builder::new().name(name).spawn(move || {
             loop {
