@@ -52,12 +52,28 @@ impl Random {
     /// An address that is not in memory, or the last bytes of it.
     fn outside(&mut self) -> u64 {
         let anywhere = self.next() | 1 << 40;
-        self.of(&[RAM_END, RAM_END - 1, RAM_END - 16, 0xbfff_fff0, 0xc000_0000, 0xd000_0000, 0xffff_fff0, 1 << 32, u64::MAX - 15, u64::MAX, anywhere])
+        self.of(&[
+            RAM_END,
+            RAM_END - 1,
+            RAM_END - 16,
+            0xbfff_fff0,
+            0xc000_0000,
+            0xd000_0000,
+            0xffff_fff0,
+            1 << 32,
+            u64::MAX - 15,
+            u64::MAX,
+            anywhere,
+        ])
     }
 
     /// In the drivers' buffers. Balloons read their lists from the first page, which names no page of anybody else's.
     fn buffer(&mut self, device: Device) -> u64 {
-        if device == Device::Balloon { BUFFERS + self.below(0x200) * 4 } else { BUFFERS + self.below(PLAY.end - BUFFERS - 0x2000) }
+        if device == Device::Balloon {
+            BUFFERS + self.below(0x200) * 4
+        } else {
+            BUFFERS + self.below(PLAY.end - BUFFERS - 0x2000)
+        }
     }
 
     fn descriptor(&mut self, device: Device) -> Descriptor {
@@ -152,7 +168,10 @@ fn step(random: &mut Random, device: Device, script: &mut Script) {
         }
         13 => {
             // Any register but those that say where a ring is.
-            let register = random.of(&[0, 0x10, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x60, 0x64, 0xb0, 0xfc, 0x100, 0x104, 0x107, 0x13c, 0xfff]);
+            let register = random.of(&[
+                0, 0x10, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x60, 0x64, 0xb0, 0xfc, 0x100, 0x104, 0x107, 0x13c,
+                0xfff,
+            ]);
             let width = random.of(&[1, 2, 4, 8]);
             script.write(width, device.base() + register, random.next() >> random.below(64));
         }

@@ -14,7 +14,7 @@ mod virtio_driver;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bare_machine::fresh;
 use bare_machine::transport;
@@ -44,7 +44,10 @@ fn chains(flags: u16) -> Vec<(&'static str, Vec<Descriptor>)> {
         ("a next descriptor past the table", vec![at(BUFFERS, 64, flags | NEXT, QUEUE_SIZE)]),
         ("a next descriptor far past the table", vec![at(BUFFERS, 64, flags | NEXT, u16::MAX)]),
         ("the other direction", vec![at(BUFFERS, 4096, other, 0)]),
-        ("directions in turns", vec![at(BUFFERS, 64, WRITE | NEXT, 1), at(BUFFERS + 64, 64, NEXT, 2), at(BUFFERS, 64, WRITE, 0)]),
+        (
+            "directions in turns",
+            vec![at(BUFFERS, 64, WRITE | NEXT, 1), at(BUFFERS + 64, 64, NEXT, 2), at(BUFFERS, 64, WRITE, 0)],
+        ),
         ("no byte", vec![at(BUFFERS, 0, flags, 0)]),
         ("one byte", vec![at(BUFFERS, 1, flags, 0)]),
         ("no bytes for ever", vec![at(BUFFERS, 0, flags | NEXT, 0)]),
@@ -153,7 +156,9 @@ async fn no_chain_harms_more_than_its_device() {
 async fn buffers_of_more_than_four_gigabytes_stop_the_count_and_not_the_host() {
     let mut observed = Observed::start().await;
     // 32767 descriptors of 256 KiB, none of them past memory. The table is written from here, because it is long.
-    for (device, queue) in [(Device::Rng, 0), (Device::Blk, 0), (Device::Vsock, 0), (Device::Vsock, 1), (Device::Balloon, 0)] {
+    for (device, queue) in
+        [(Device::Rng, 0), (Device::Blk, 0), (Device::Vsock, 0), (Device::Vsock, 1), (Device::Balloon, 0)]
+    {
         let flags = direction(device, queue);
         fill(&observed.puppet, device);
         let mut script = Script::default();
@@ -162,7 +167,8 @@ async fn buffers_of_more_than_four_gigabytes_stop_the_count_and_not_the_host() {
         for n in 0..0x7fffu64 {
             let ram = observed.puppet.ram();
             ram.store(table + n * 16, BUFFERS).expect("in memory");
-            ram.store(table + n * 16 + 8, u64::from(0x4_0000u32) | u64::from(flags | NEXT) << 32 | (n + 1) << 48).expect("in memory");
+            ram.store(table + n * 16 + 8, u64::from(0x4_0000u32) | u64::from(flags | NEXT) << 32 | (n + 1) << 48)
+                .expect("in memory");
         }
         script.chain(device, queue, 0, &[part(table, 0x7fff0, INDIRECT)]);
         script.spin(50_000).read(4, device.base() + STATUS);
@@ -205,7 +211,9 @@ async fn jumps_of_the_available_index_stop_the_device() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heads_that_are_no_descriptors_stop_the_device() {
     let mut observed = Observed::start().await;
-    for (device, queue) in [(Device::Blk, 0), (Device::Vsock, 1), (Device::Rng, 0), (Device::Balloon, 0), (Device::Balloon, 1)] {
+    for (device, queue) in
+        [(Device::Blk, 0), (Device::Vsock, 1), (Device::Rng, 0), (Device::Balloon, 0), (Device::Balloon, 1)]
+    {
         for head in [QUEUE_SIZE, 255, 0x7fff, u16::MAX] {
             let mut script = Script::default();
             script.set_up(device, VERSION_1).offer(device, queue, 0, head);
@@ -262,7 +270,9 @@ async fn rings_that_overlap_are_the_guests_own_matter() {
     let mut observed = Observed::start().await;
     let at = rings(0).descriptors;
     for device in DEVICES {
-        for (available, used) in [(at, at + 0x1000), (at + 0x1000, at), (at + 0x1000, at + 0x1000), (at + 0x1004, at + 0x1000), (at, at)] {
+        for (available, used) in
+            [(at, at + 0x1000), (at + 0x1000, at), (at + 0x1000, at + 0x1000), (at + 0x1004, at + 0x1000), (at, at)]
+        {
             fill(&observed.puppet, device);
             let mut script = Script::default();
             script.negotiate(device, VERSION_1);
@@ -271,7 +281,11 @@ async fn rings_that_overlap_are_the_guests_own_matter() {
             }
             script.register(device, STATUS, 15);
             for entry in 0..40 {
-                script.write(2, available + 2, entry).descriptor(at, entry % 16, &part(BUFFERS, 64, direction(device, 0)));
+                script.write(2, available + 2, entry).descriptor(
+                    at,
+                    entry % 16,
+                    &part(BUFFERS, 64, direction(device, 0)),
+                );
                 script.notify(device, 0).spin(20);
             }
             observed.puppet.run(&script).await;
@@ -440,7 +454,11 @@ async fn requests_that_a_disk_cannot_serve_are_answered_or_stop_it() {
     ];
     for (kind, sector, len, expected) in requests {
         let mut script = Script::default();
-        script.set_up(Device::Blk, VERSION_1).write(8, header, kind).write(8, header + 8, sector).write(1, status, 0xaa);
+        script
+            .set_up(Device::Blk, VERSION_1)
+            .write(8, header, kind)
+            .write(8, header + 8, sector)
+            .write(1, status, 0xaa);
         let parts = [part(header, 16, 0), part(data, len, WRITE), part(status, 1, WRITE)];
         script.chain(Device::Blk, 0, 0, &parts).await_used(0, 0).read(1, status).read(4, rings(0).used + 8);
         let [found, written] = observed.puppet.run(&script).await[..] else { panic!("two reads") };
@@ -518,7 +536,8 @@ async fn floods_of_requests_and_resets_are_bounded() {
             // Nowhere to put a refusal: the device stops to take packets, and its queue fills.
             let mut script = Script::default();
             script.set_up(Device::Vsock, VERSION_1);
-            let packets: Vec<_> = (0..u32::from(QUEUE_SIZE)).map(|n| Packet { op, from: n, ..Packet::default() }).collect();
+            let packets: Vec<_> =
+                (0..u32::from(QUEUE_SIZE)).map(|n| Packet { op, from: n, ..Packet::default() }).collect();
             flood(&mut script, &packets, 1000);
             observed.puppet.run(&script).await;
         }
@@ -626,7 +645,8 @@ async fn pages_that_are_not_the_guests_to_give_are_passed_over() {
         script.register(Device::Balloon, 0x104, 0xffff_ffff).read(4, Device::Balloon.base() + 0x104);
         assert_eq!(observed.puppet.run(&script).await, [0xffff_ffff]);
         observed.check(true).await;
-        let given = observed.puppet.machine.give_memory_back(kiln::units::Bytes::mib(4), Duration::from_millis(200)).await;
+        let given =
+            observed.puppet.machine.give_memory_back(kiln::units::Bytes::mib(4), Duration::from_millis(200)).await;
         drop(given);
         observed.puppet.check_device(Device::Balloon).await;
     }

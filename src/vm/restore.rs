@@ -151,6 +151,6 @@ impl Image {
     /// ```
     pub async fn restore(&self, snapshot: &Snapshot, config: VmConfig) -> Result<Vm, StartError> {
         let root = self.root(&config).await?;
-        Vm::restore(root, snapshot, self.with_engine(config)).await
+        Vm::restore(root, snapshot, self.with_engine(config).await?).await
     }
 }

@@ -62,8 +62,7 @@ impl Template {
         if config.vcpus != 1 {
             return Err(StartError::Config("only one vCPU is supported so far"));
         }
-        // The one engine that every host has; a better one is chosen here once there is another.
-        let engine = config.engine.clone().unwrap_or_else(|| Arc::new(Soft::new()));
+        let engine = config.engine.open(|| Arc::new(Soft::new()))?;
         let name = config.hostname.clone().or_else(|| root.hostname.clone());
         Ok(Self {
             engine,

@@ -84,7 +84,11 @@ impl Puppet {
         self.begin(script);
         let done = self.finished(PATIENCE).await;
         let end = self.machine.ended().now_or_never();
-        assert!(done, "the guest hangs or is gone ({end:?}); its last steps: {:x?}", &script.0[script.0.len().saturating_sub(6)..]);
+        assert!(
+            done,
+            "the guest hangs or is gone ({end:?}); its last steps: {:x?}",
+            &script.0[script.0.len().saturating_sub(6)..]
+        );
         let reads = script.0.iter().enumerate().filter(|(_, step)| (READ..AWAIT_CHANGE).contains(&step[0]));
         reads.map(|(n, _)| self.load(TABLE + n as u64 * STEP + 16)).collect()
     }
@@ -138,16 +142,17 @@ pub(crate) fn code() -> Vec<u8> {
         a.cmp(rax, END as i32)?;
         a.je(end)?;
         // Each compares, skips, acts and goes on.
-        let act = |a: &mut CodeAssembler, what: u64, act: &dyn Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
-            let mut other = a.create_label();
-            a.cmp(rax, what as i32)?;
-            a.jne(other)?;
-            act(a)?;
-            a.jmp(done)?;
-            a.set_label(&mut other)?;
-            // An instruction has one label, and the next may be another's.
-            a.nop()
-        };
+        let act =
+            |a: &mut CodeAssembler, what: u64, act: &dyn Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
+                let mut other = a.create_label();
+                a.cmp(rax, what as i32)?;
+                a.jne(other)?;
+                act(a)?;
+                a.jmp(done)?;
+                a.set_label(&mut other)?;
+                // An instruction has one label, and the next may be another's.
+                a.nop()
+            };
         act(a, WRITE, &|a| a.mov(byte_ptr(rdi), bl))?;
         act(a, WRITE + 1, &|a| a.mov(word_ptr(rdi), bx))?;
         act(a, WRITE + 2, &|a| a.mov(dword_ptr(rdi), ebx))?;

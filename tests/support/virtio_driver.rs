@@ -322,7 +322,8 @@ pub(crate) struct Packet {
 
 impl Default for Packet {
     fn default() -> Self {
-        let nothing = Self { cids: (3, 2), from: PORT, to: 1024, len: 0, kind: 1, op: 0, flags: 0, buf_alloc: 0, fwd_cnt: 0 };
+        let nothing =
+            Self { cids: (3, 2), from: PORT, to: 1024, len: 0, kind: 1, op: 0, flags: 0, buf_alloc: 0, fwd_cnt: 0 };
         Self { buf_alloc: 0x1_0000, ..nothing }
     }
 }
@@ -331,7 +332,11 @@ impl Script {
     /// Puts a packet's header at `at`.
     pub(crate) fn packet(&mut self, at: u64, packet: &Packet) -> &mut Self {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-        self.write(8, at, packet.cids.0).write(8, at + 8, packet.cids.1).write(8, at + 16, pair(packet.from, packet.to));
+        self.write(8, at, packet.cids.0).write(8, at + 8, packet.cids.1).write(
+            8,
+            at + 16,
+            pair(packet.from, packet.to),
+        );
         self.write(8, at + 24, pair(packet.len, u32::from(packet.kind) | u32::from(packet.op) << 16));
         self.write(8, at + 32, pair(packet.flags, packet.buf_alloc)).write(4, at + 40, u64::from(packet.fwd_cnt))
     }

@@ -258,7 +258,7 @@ impl Transport {
         match queues {
             Some(queues) => self.shared.activate(queues),
             None => {
-                tracing::warn!(device = self.device_type, "the driver started a virtio device with unusable queues");
+                self.shared.complain(self.device_type, &"started with unusable queues");
                 self.shared.fail();
             }
         }

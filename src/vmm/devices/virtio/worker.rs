@@ -1,5 +1,6 @@
 //! The thread that does a device's work.
 
+use std::fmt::Display;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +39,8 @@ pub(super) struct Shared {
     pub(super) interrupt: Arc<Interrupt>,
     pub(super) doorbell: Arc<Doorbell>,
     needs_reset: AtomicBool,
+    /// The host was warned of this guest's driver.
+    warned: AtomicBool,
 }
 
 impl Shared {
@@ -48,7 +51,15 @@ impl Shared {
         doorbell: Arc<Doorbell>,
     ) -> Self {
         let core = Mutex::new(Core { device, queues: None });
-        Self { core, turn: Mutex::new(()), ram, interrupt: Arc::new(interrupt), doorbell, needs_reset: AtomicBool::new(false) }
+        Self {
+            core,
+            turn: Mutex::new(()),
+            ram,
+            interrupt: Arc::new(interrupt),
+            doorbell,
+            needs_reset: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn activate(&self, queues: Vec<DeviceQueue>) {
@@ -92,6 +103,16 @@ impl Shared {
         self.stop(&mut self.lock());
     }
 
+    /// Says that the driver did what none may: as a warning the first time, for a driver that goes on like that is not to
+    /// fill the host's logs.
+    pub(super) fn complain(&self, device: u32, what: &dyn Display) {
+        if self.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(device, %what, "virtio device stopped until reset, again");
+        } else {
+            tracing::warn!(device, %what, "virtio device stopped until reset");
+        }
+    }
+
     fn stop(&self, core: &mut Core) {
         core.queues = None;
         // The backend learns at once that nothing will come any more.
@@ -123,7 +144,7 @@ impl Shared {
         match processed {
             Ok(progress) => progress,
             Err(error) => {
-                tracing::warn!(device = device.device_type(), %error, "virtio device stopped until reset");
+                self.complain(device.device_type(), &error);
                 self.stop(&mut core);
                 Progress::Idle
             }
