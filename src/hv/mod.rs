@@ -9,6 +9,9 @@
 //! Engines never look up: they know RAM and an [`IoHandler`], not devices. Port and MMIO accesses are
 //! served in place through the handler, so [`Exit`] carries only what ends a run.
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+mod profile;
 pub mod soft;
 pub mod state;
 
@@ -51,6 +54,18 @@ pub enum HvError {
         bytes: Vec<u8>,
         /// What about it is missing.
         what: &'static str,
+    },
+    /// The host's hypervisor or processor lacks what the engine needs.
+    #[error("this host lacks {}", .what.join(", "))]
+    Missing {
+        /// All that is missing, by the names that manuals use.
+        what: Vec<&'static str>,
+    },
+    /// The host's processor refused to enter the guest in the state that it is in.
+    #[error("the host's processor does not enter the guest's state: {reason:#x}")]
+    Entry {
+        /// The processor's own reason (Intel SDM volume 3C, appendix C; AMD APM volume 2, appendix C).
+        reason: u64,
     },
     /// A saved or initial state that no processor can be in.
     #[error("invalid processor state: {0}")]

@@ -15,8 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Ticks of the TSC in a second.
-pub(crate) const TSC_HZ: u64 = 1_000_000_000;
+pub(crate) use crate::hv::profile::TSC_HZ;
 
 /// `pvclock_vcpu_time_info.flags`: the page is the same on every vCPU, so readers need no monotonicity guard.
 const PVCLOCK_TSC_STABLE: u8 = 1 << 0;

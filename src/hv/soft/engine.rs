@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::hv::profile::PROFILE;
 use crate::hv::state::IrqChipState;
 use crate::hv::{HvError, HvVm, Hypervisor, IoHandler, IrqLine, Kick, TimeStamp, Vcpu, VcpuSeed, VmSpec};
 use crate::mem::GuestRam;
@@ -11,7 +12,6 @@ use crate::units::{Gsi, VcpuId};
 use super::apic::{Bus, IoApic, Lapic};
 use super::clock::{Clock, TSC_HZ};
 use super::cpu::Cpu;
-use super::cpuid::PROFILE;
 use super::mailbox::Mailbox;
 use super::run::SoftVcpu;
 use super::shared_code::{Blocks, SharedCode};

@@ -7,7 +7,6 @@ mod code;
 mod code_image;
 mod code_map;
 mod cpu;
-mod cpuid;
 mod engine;
 mod exec;
 mod fast;

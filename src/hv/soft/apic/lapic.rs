@@ -10,11 +10,11 @@
 use std::sync::Arc;
 
 use super::super::clock::Clock;
-use super::super::cpuid::PHYS_BITS;
 use super::super::mailbox::{Mailbox, Signals};
 use super::timer::Timer;
 use super::{Bus, Delivery, Destination, IoApic, LAPIC_BASE, LapicState, LogicalAddress, Message};
 use crate::hv::HvError;
+use crate::hv::profile::PHYS_BITS;
 
 pub(super) const MSR_APIC_BASE: u32 = 0x1b;
 pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;

@@ -2,9 +2,8 @@
 
 use iced_x86::{Instruction, Register};
 
+use crate::hv::profile::{self, Context, TSC_KHZ};
 use crate::hv::soft::cpu::{Cpu, cr0, cr4, is_canonical, slot};
-use crate::hv::soft::cpuid;
-use crate::hv::soft::cpuid::Context;
 use crate::hv::soft::fault::{Exception, Flow, Stop};
 use crate::hv::soft::flags;
 
@@ -283,9 +282,10 @@ pub(super) fn cpuid(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
         vcpus: 1,
         apic_enabled: cpu.lapic.read_msr(APIC_BASE).is_some_and(|base| base & APIC_ENABLED != 0),
         cr4: cpu.control.cr4,
+        tsc_khz: TSC_KHZ,
     };
     let (leaf, subleaf) = (cpu.regs[slot::RAX] as u32, cpu.regs[slot::RCX] as u32);
-    let [eax, ebx, ecx, edx] = cpuid::cpuid(leaf, subleaf, context);
+    let [eax, ebx, ecx, edx] = profile::cpuid(leaf, subleaf, context);
     cpu.regs[slot::RAX] = eax.into();
     cpu.regs[slot::RBX] = ebx.into();
     cpu.regs[slot::RCX] = ecx.into();

@@ -1,4 +1,5 @@
-//! What CPUID says (SDM 2A, CPUID): the soft profile. Nothing is advertised that is not implemented.
+//! What CPUID says (SDM 2A, CPUID): the baseline profile, which is the processor that `soft` implements and that a
+//! hardware engine can show too. Nothing is advertised that is not implemented.
 //!
 //! The vendor is GenuineIntel, because Linux then touches the fewest odd MSRs: 0x17 and 0x1a0 instead of
 //! AMD's c0010000-3, 07, 15, 55, 114 and c0011029. Family 6, model 15 is the oldest 64-bit one of that
@@ -6,10 +7,15 @@
 //! and old enough to be in no list of speculation bugs by model. The hypervisor leaves are KVM's, as
 //! the paravirtual clock is.
 
-use super::clock::TSC_HZ;
-
 /// The name of what is shown here. Saved guests rely on all of it, so whoever changes a bit changes the name.
 pub(crate) const PROFILE: &str = "soft-sse2-1";
+
+/// Ticks of the time stamp counter in a second.
+pub(crate) const TSC_HZ: u64 = 1_000_000_000;
+/// The same in kHz.
+pub(crate) const TSC_KHZ: u32 = (TSC_HZ / 1_000) as u32;
+/// Ticks of the local APIC timer's clock in a second, which is what leaf 0x15 calls the crystal.
+const CRYSTAL_HZ: u32 = 1_000_000_000;
 
 /// Width of a guest-physical address (leaf 0x80000008).
 pub(crate) const PHYS_BITS: u32 = 40;
@@ -23,9 +29,6 @@ const MAX_EXTENDED: u32 = 0x8000_0008;
 /// Family 6, model 15, stepping 1.
 const SIGNATURE: u32 = 0x0000_06f1;
 const BRAND: &[u8; 48] = b"kiln software processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-
-const MHZ: u32 = (TSC_HZ / 1_000_000) as u32;
-const KHZ: u32 = (TSC_HZ / 1_000) as u32;
 
 const CACHE_LINE: u32 = 64;
 
@@ -43,13 +46,29 @@ pub(crate) struct Context {
     pub(crate) apic_enabled: bool,
     /// CR4.
     pub(crate) cr4: u64,
+    /// Frequency of the time stamp counter: [`TSC_KHZ`] in the profile, and what the host has under an engine that
+    /// cannot change it.
+    pub(crate) tsc_khz: u32,
+}
+
+/// The leaves that say something, each with its first subleaf that does not: for an engine that gives its host a table.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub(crate) fn leaves() -> impl Iterator<Item = (u32, u32)> {
+    let subleaves = |leaf| match leaf {
+        4 => 5,
+        7 => 2,
+        0xb => 3,
+        _ => 0,
+    };
+    let hypervisor = [0x4000_0000, 0x4000_0001, MAX_HYPERVISOR];
+    (0..=MAX_BASIC).chain(hypervisor).chain(0x8000_0000..=MAX_EXTENDED).map(move |leaf| (leaf, subleaves(leaf)))
 }
 
 /// EAX, EBX, ECX and EDX of a leaf. One past the last basic or extended leaf reads as the last basic
 /// leaf, as on this vendor's processors.
 pub(crate) fn cpuid(leaf: u32, subleaf: u32, of: Context) -> [u32; 4] {
     match leaf {
-        0x4000_0000..=0x4fff_ffff => hypervisor(leaf),
+        0x4000_0000..=0x4fff_ffff => hypervisor(leaf, of.tsc_khz),
         0x8000_0000..=MAX_EXTENDED => extended(leaf),
         0..=MAX_BASIC => basic(leaf, subleaf, of),
         _ => basic(MAX_BASIC, subleaf, of),
@@ -67,9 +86,8 @@ fn basic(leaf: u32, subleaf: u32, of: Context) -> [u32; 4] {
         6 => [1 << 2, 0, 0, 0],
         7 => structured_features(subleaf),
         0xb => topology(subleaf, of),
-        // The crystal is the TSC: 1/1 of 1 GHz. It is also what the APIC timer counts.
-        0x15 => [1, 1, TSC_HZ as u32, 0],
-        0x16 => [MHZ, MHZ, MHZ, 0],
+        0x15 => time_stamp_counter(of.tsc_khz),
+        0x16 => [mhz(of.tsc_khz), mhz(of.tsc_khz), mhz(of.tsc_khz), 0],
         _ => [0; 4],
     }
 }
@@ -135,13 +153,29 @@ fn topology(subleaf: u32, of: Context) -> [u32; 4] {
     }
 }
 
-fn hypervisor(leaf: u32) -> [u32; 4] {
+/// The TSC as a multiple of the crystal, which is also what the APIC timer counts: in the profile 1/1 of 1 GHz. To the
+/// nearest MHz, because Linux multiplies the crystal's kHz by the numerator in 32 bits.
+fn time_stamp_counter(tsc_khz: u32) -> [u32; 4] {
+    let (numerator, denominator) = (mhz(tsc_khz), CRYSTAL_HZ / 1_000_000);
+    let common = gcd(numerator, denominator);
+    [denominator / common, numerator / common, CRYSTAL_HZ, 0]
+}
+
+fn mhz(khz: u32) -> u32 {
+    khz.saturating_add(500) / 1_000
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+fn hypervisor(leaf: u32, tsc_khz: u32) -> [u32; 4] {
     match leaf {
         0x4000_0000 => [MAX_HYPERVISOR, text(b"KVMK"), text(b"VMKV"), text(b"M\0\0\0")],
         // NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE.
         0x4000_0001 => [1 << 1 | 1 << 3 | 1 << 24, 0, 0, 0],
         // TSC and APIC timer frequency in kHz.
-        MAX_HYPERVISOR => [KHZ, KHZ, 0, 0],
+        MAX_HYPERVISOR => [tsc_khz, CRYSTAL_HZ / 1_000, 0, 0],
         _ => [0; 4],
     }
 }
@@ -173,7 +207,7 @@ fn text(bytes: &[u8; 4]) -> u32 {
 mod tests {
     use super::*;
 
-    const ONE: Context = Context { apic_id: 0, vcpus: 1, apic_enabled: true, cr4: 0 };
+    const ONE: Context = Context { apic_id: 0, vcpus: 1, apic_enabled: true, cr4: 0, tsc_khz: TSC_KHZ };
 
     fn string(registers: &[u32]) -> String {
         let bytes: Vec<u8> = registers.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -243,6 +277,9 @@ mod tests {
         assert_eq!(cpuid(0x4000_0010, 0, ONE), [1_000_000, 1_000_000, 0, 0]);
         assert_eq!(cpuid(0x8000_0007, 0, ONE)[3], 1 << 8);
         assert_eq!(cpuid(6, 0, ONE), [4, 0, 0, 0]);
+        let other = Context { tsc_khz: 2_595_124, ..ONE };
+        assert_eq!(cpuid(0x15, 0, other), [200, 519, 1_000_000_000, 0]);
+        assert_eq!((cpuid(0x16, 0, other)[0], cpuid(0x4000_0010, 0, other)), (2595, [2_595_124, 1_000_000, 0, 0]));
     }
 
     #[test]

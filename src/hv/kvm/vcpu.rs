@@ -1,0 +1,313 @@
+//! A vCPU: making it, running it, and serving what it asks for.
+
+use std::io;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+
+use kvm_bindings::{KVM_CAP_ENFORCE_PV_FEATURE_CPUID, kvm_enable_cap};
+
+use super::clock::Clock;
+use super::engine::Profile;
+use super::failed;
+use super::kick::{Binding, Kicker};
+use super::machine::Shared;
+use super::registers;
+use super::run::{Left, Run};
+use super::signal::Signal;
+use super::state::Native;
+use super::tsc;
+use crate::hv::state::VcpuState;
+use crate::hv::{Exit, HvError, IoHandler, Kick, Vcpu, VcpuSeed};
+use crate::units::GuestAddr;
+
+const IA32_BIOS_SIGN_ID: u32 = 0x8b;
+const IA32_MISC_ENABLE: u32 = 0x1a0;
+/// Fast strings, and branch trace storage and precise event sampling unavailable.
+const MISC_ENABLE: u64 = 1 << 0 | 1 << 11 | 1 << 12;
+const LONGEST_INSTRUCTION: usize = 15;
+
+/// A vCPU as its machine and its thread share it.
+#[derive(Debug)]
+pub(super) struct Slot {
+    id: u8,
+    kicker: Arc<Kicker>,
+    /// Held over a run. Others want it only while none runs.
+    cell: Mutex<Cell>,
+}
+
+impl Slot {
+    pub(super) fn new(shared: &Shared, id: u8, signal: Signal, run_size: usize) -> Result<Self, HvError> {
+        let run = Run::new(shared.guest().vcpu(id)?, run_size)?;
+        let (fd, shown, clock) = (run.fd(), shared.shown(), shared.clock());
+        if clock.scales() {
+            fd.set_tsc_khz(shown.tsc_khz()).map_err(failed("KVM_SET_TSC_KHZ"))?;
+        }
+        fd.set_cpuid2(&shown.table(id, shared.vcpus())?).map_err(failed("KVM_SET_CPUID2"))?;
+        let enforce =
+            kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, args: [1, 0, 0, 0], ..Default::default() };
+        fd.enable_cap(&enforce).map_err(failed("KVM_ENABLE_CAP"))?;
+        if shown.kind() == Profile::Baseline {
+            registers::write_msrs(fd, &[(IA32_BIOS_SIGN_ID, 0), (IA32_MISC_ENABLE, MISC_ENABLE)])?;
+        }
+        let offset = clock.offset(fd)?;
+        tsc::set_offset(fd, offset)?;
+        let cell = Cell { run, offset, drift: 0, left_ns: None, owes: false };
+        Ok(Self { id, kicker: Arc::new(Kicker::new(signal)), cell: Mutex::new(cell) })
+    }
+
+    pub(super) fn id(&self) -> u8 {
+        self.id
+    }
+
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Cell>> {
+        match self.cell.try_lock() {
+            Ok(cell) => Some(cell),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Cell> {
+        // Nothing in it is half done when a handler of the machine's panics: the kernel's state is the kernel's.
+        self.cell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What whoever holds the vCPU may do with it.
+#[derive(Debug)]
+pub(super) struct Cell {
+    run: Run,
+    /// The machine's offset of the time stamp counter when it was last set.
+    offset: u64,
+    /// What the guest has added to its own since.
+    drift: u64,
+    /// While time stands still: what a timer that counts had left.
+    left_ns: Option<u64>,
+    /// The kernel waits for the answer to an access.
+    owes: bool,
+}
+
+impl Cell {
+    /// Shows the machine's time from now on.
+    pub(super) fn follow(&mut self, clock: &Clock) -> Result<(), HvError> {
+        let offset = clock.offset(self.run.fd())?;
+        if offset != self.offset {
+            tsc::set_offset(self.run.fd(), offset.wrapping_add(self.drift))?;
+            self.offset = offset;
+        }
+        Ok(())
+    }
+
+    /// Notes what goes on with time: the guest may have changed its counter, and a timer may count.
+    pub(super) fn time_stops(&mut self) -> Result<(), HvError> {
+        self.drift = tsc::offset(self.run.fd())?.wrapping_sub(self.offset);
+        self.left_ns = registers::lapic(self.run.fd())?.count_left_ns();
+        Ok(())
+    }
+
+    /// Goes on from there: the kernel's timers have run on, and begin anew with what was left.
+    pub(super) fn time_starts(&mut self, clock: &Clock) -> Result<(), HvError> {
+        self.follow(clock)?;
+        let fd = self.run.fd();
+        if let Some(left) = self.left_ns.take() {
+            let mut page = registers::lapic(fd)?;
+            page.set_count_left_ns(left);
+            registers::set_lapic(fd, &page)?;
+        }
+        match registers::tsc_deadline(fd)? {
+            0 => Ok(()),
+            deadline => registers::set_tsc_deadline(fd, deadline),
+        }
+    }
+
+    /// Runs until the guest leaves, and serves what it left for. `None`: it is to go on.
+    fn advance(&mut self, shared: &Shared, devices: &mut dyn IoHandler) -> Result<Option<Exit>, HvError> {
+        self.owes = false;
+        match self.run.enter()? {
+            Left::Interrupted => {}
+            Left::In { port, size, data } => {
+                data.chunks_exact_mut(size).for_each(|data| devices.pio_in(port, data));
+                self.owes = true;
+            }
+            Left::Out { port, size, data } => {
+                data.chunks_exact(size).for_each(|data| devices.pio_out(port, data));
+                self.owes = true;
+            }
+            Left::Read { addr, data } => {
+                read(devices, addr, data);
+                self.owes = true;
+            }
+            Left::Write { addr, data } => {
+                write(devices, addr, data);
+                self.owes = true;
+            }
+            Left::Shutdown => return Ok(Some(Exit::Shutdown)),
+            Left::Refused(reason) => return Err(HvError::Entry { reason }),
+            Left::Unimplemented(bytes) => {
+                return Err(self.unimplemented(shared, bytes, "the kernel's emulator lacks it"));
+            }
+            Left::GaveUp(error) => {
+                tracing::warn!(error, "KVM gave up");
+                return Err(self.unimplemented(shared, Vec::new(), "the kernel gave up on it"));
+            }
+            Left::Unknown(reason) => {
+                let source = io::Error::other(format!("an exit of unknown reason {reason}"));
+                return Err(HvError::Call { call: "KVM_RUN", source });
+            }
+        }
+        Ok(None)
+    }
+
+    /// Lets the kernel finish an instruction that it has been answered: its registers are not all written before.
+    fn settle(&mut self, shared: &Shared, io: &mut dyn IoHandler) -> Result<(), HvError> {
+        while self.owes {
+            self.run.page().set_immediate_exit(true);
+            // The instruction may have more accesses; nothing else can come of it.
+            self.advance(shared, io)?;
+        }
+        Ok(())
+    }
+
+    fn unimplemented(&self, shared: &Shared, mut bytes: Vec<u8>, what: &'static str) -> HvError {
+        let rip = match self.run.fd().get_regs() {
+            Ok(regs) => regs.rip,
+            Err(error) => return failed("KVM_GET_REGS")(error),
+        };
+        if bytes.is_empty() {
+            bytes = self.bytes_at(shared, rip);
+        }
+        HvError::Unimplemented { rip, bytes, what }
+    }
+
+    /// The bytes at a virtual address, up to the end of its page.
+    fn bytes_at(&self, shared: &Shared, va: u64) -> Vec<u8> {
+        let translated = self.run.fd().translate_gva(va).ok().filter(|found| found.valid != 0);
+        let Some(gpa) = translated.map(|found| found.physical_address) else { return Vec::new() };
+        let on_page = (crate::units::PAGE_SIZE - gpa % crate::units::PAGE_SIZE) as usize;
+        let mut bytes = vec![0; LONGEST_INSTRUCTION.min(on_page)];
+        let read = shared.ram().offset_of(GuestAddr(gpa)).and_then(|at| shared.ram().read_bytes(at, &mut bytes));
+        read.map_or_else(Vec::new, |()| bytes)
+    }
+
+    fn save(&mut self, shared: &Shared, id: u8) -> Result<VcpuState, HvError> {
+        let clock = shared.clock();
+        let native = registers::read(self.run.fd())?;
+        let mut state = native.to_neutral(id);
+        let still = clock.still();
+        state.msrs.tsc = match still {
+            Some(tsc) => tsc.wrapping_add(self.drift),
+            None => super::clock::read(self.run.fd())?,
+        };
+        let deadline = registers::tsc_deadline(self.run.fd())?;
+        state.lapic.tsc_deadline = deadline;
+        state.lapic.timer_left_ns = if native.lapic.timer_mode().counts() {
+            if still.is_some() { self.left_ns } else { native.lapic.count_left_ns() }
+        } else {
+            (deadline != 0).then(|| clock.ns(deadline.saturating_sub(state.msrs.tsc)))
+        };
+        Ok(state)
+    }
+
+    fn restore(&mut self, shared: &Shared, id: u8, state: &VcpuState) -> Result<(), HvError> {
+        let native = Native::from_neutral(state, id)?;
+        let before = registers::read(self.run.fd())?;
+        let fd = self.run.fd();
+        if let Err(error) = registers::write(fd, shared.ram(), &native) {
+            registers::write(fd, shared.ram(), &before)?;
+            return Err(error);
+        }
+        self.drift = 0;
+        if id == 0 {
+            shared.set_time(state.msrs.tsc);
+        }
+        // Also when the offset is the one that it had: the guest may have changed its own.
+        self.offset = shared.clock().offset(self.run.fd())?;
+        tsc::set_offset(self.run.fd(), self.offset)?;
+        self.left_ns = native.lapic.count_left_ns().filter(|_| shared.clock().still().is_some());
+        registers::set_tsc_deadline(self.run.fd(), state.lapic.tsc_deadline)
+    }
+}
+
+/// Instructions that move more than eight bytes come in pieces, which are whole words of a device only where they are
+/// aligned; what is of another length comes byte by byte.
+fn read(io: &mut dyn IoHandler, addr: u64, data: &mut [u8]) {
+    if matches!(data.len(), 1 | 2 | 4 | 8) {
+        return io.mmio_read(GuestAddr(addr), data);
+    }
+    for (addr, byte) in (addr..).zip(data.chunks_exact_mut(1)) {
+        io.mmio_read(GuestAddr(addr), byte);
+    }
+}
+
+fn write(io: &mut dyn IoHandler, addr: u64, data: &[u8]) {
+    if matches!(data.len(), 1 | 2 | 4 | 8) {
+        return io.mmio_write(GuestAddr(addr), data);
+    }
+    for (addr, byte) in (addr..).zip(data.chunks_exact(1)) {
+        io.mmio_write(GuestAddr(addr), byte);
+    }
+}
+
+/// A vCPU that has not met its thread yet.
+#[derive(Debug)]
+pub(super) struct Seed {
+    slot: Arc<Slot>,
+    shared: Arc<Shared>,
+}
+
+impl Seed {
+    pub(super) fn new(slot: Arc<Slot>, shared: Arc<Shared>) -> Self {
+        Self { slot, shared }
+    }
+}
+
+impl VcpuSeed for Seed {
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.slot.kicker) as Arc<dyn Kick>
+    }
+
+    fn bind(self: Box<Self>, io: Box<dyn IoHandler>) -> Result<Box<dyn Vcpu>, HvError> {
+        let Self { slot, shared } = *self;
+        let page = Arc::clone(slot.lock().run.page());
+        let binding = slot.kicker.bind(page);
+        Ok(Box::new(KvmVcpu { _binding: binding, slot, shared, io, _thread: PhantomData }))
+    }
+}
+
+/// A vCPU on its thread.
+#[derive(Debug)]
+struct KvmVcpu {
+    _binding: Binding,
+    slot: Arc<Slot>,
+    shared: Arc<Shared>,
+    io: Box<dyn IoHandler>,
+    /// The thread that binding kicks.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Result<Exit, HvError> {
+        let mut cell = self.slot.lock();
+        cell.follow(self.shared.clock())?;
+        loop {
+            if self.slot.kicker.take(cell.run.page()) {
+                return Ok(Exit::Kicked);
+            }
+            if let Some(exit) = cell.advance(&self.shared, &mut *self.io)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    fn save(&mut self) -> Result<VcpuState, HvError> {
+        let mut cell = self.slot.lock();
+        cell.settle(&self.shared, &mut *self.io)?;
+        cell.save(&self.shared, self.slot.id)
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), HvError> {
+        let mut cell = self.slot.lock();
+        cell.settle(&self.shared, &mut *self.io)?;
+        cell.restore(&self.shared, self.slot.id, state)
+    }
+}
