@@ -108,7 +108,7 @@ mod tests {
     /// A host on which nothing is amiss, with kernel mode as fast as hardware's.
     fn good() -> Facts {
         let kvm = KvmFacts {
-            device: KvmDevice::Open { api_version: 12, missing: Vec::new() },
+            device: KvmDevice::Open { api_version: 12 },
             virtualization: Some(true),
             nx_huge_pages: Some("N".to_owned()),
             trial: Trial::Ran { create_us: 300, kernel_mips: 3000.0 },

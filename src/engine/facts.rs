@@ -56,8 +56,6 @@ pub enum KvmDevice {
     Open {
         /// Its version of the interface.
         api_version: i32,
-        /// What it lacks of what a guest needs.
-        missing: Vec<String>,
     },
 }
 

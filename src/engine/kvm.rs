@@ -1,86 +1,56 @@
-//! What is asked of `/dev/kvm` itself, and the engine on it. See Linux, `Documentation/virt/kvm/api.rst`, sections 4.1 and 4.4.
-#![cfg_attr(
-    target_os = "linux",
-    allow(unsafe_code, reason = "unsafe fence: two requests to KVM's device that take and return numbers")
-)]
+//! What is asked of `/dev/kvm` before there is an engine on it, and that engine, where both can be.
 
-use std::io;
-use std::path::Path;
-use std::sync::Arc;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub(super) use linux::{examine, open};
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+pub(super) use nowhere::{examine, open};
 
-use super::KvmDevice;
-use crate::hv::HvError;
-use crate::hv::Hypervisor;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod linux {
+    use std::ffi::CString;
+    use std::io;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+    use std::sync::Arc;
 
-/// The engine, when it is part of this build and the host lets it open.
-pub(super) fn open() -> Result<Arc<dyn Hypervisor>, HvError> {
-    Err(HvError::Unsupported("KVM"))
-}
+    use crate::engine::KvmDevice;
+    use crate::hv::HvError;
+    use crate::hv::Hypervisor;
+    use crate::hv::kvm::Kvm;
 
-/// Opens the device at `path` and asks what it is.
-#[cfg(not(target_os = "linux"))]
-pub(super) fn examine(_path: &Path) -> io::Result<KvmDevice> {
-    Ok(KvmDevice::Absent)
-}
+    /// The engine.
+    pub(in crate::engine) fn open() -> Result<Arc<dyn Hypervisor>, HvError> {
+        Ok(Arc::new(Kvm::new()?))
+    }
 
-/// Opens the device at `path` and asks what it is.
-#[cfg(target_os = "linux")]
-pub(super) fn examine(path: &Path) -> io::Result<KvmDevice> {
-    use rustix::ioctl::{Opcode, ioctl, opcode};
-
-    const GET_API_VERSION: Opcode = opcode::none(0xae, 0x00);
-    const CHECK_EXTENSION: Opcode = opcode::none(0xae, 0x03);
-    /// `linux/kvm.h`: what a Linux guest on our machine model needs.
-    const NEEDED: [(&str, usize); 7] = [
-        ("KVM_CAP_IRQCHIP", 0),
-        ("KVM_CAP_USER_MEMORY", 3),
-        ("KVM_CAP_EXT_CPUID", 7),
-        ("KVM_CAP_MP_STATE", 14),
-        ("KVM_CAP_XSAVE", 55),
-        ("KVM_CAP_GET_TSC_KHZ", 61),
-        ("KVM_CAP_IMMEDIATE_EXIT", 136),
-    ];
-
-    let device = std::fs::File::options().read(true).write(true).open(path)?;
-    // SAFETY: KVM_GET_API_VERSION takes zero and returns a number; no memory of ours is touched. A device that is not
-    // KVM and understands the number differently gets no address from us either.
-    let api_version = unsafe { ioctl(&device, number::Number::<GET_API_VERSION>(0)) }?;
-    let mut missing = Vec::new();
-    for (name, extension) in NEEDED {
-        // SAFETY: as above; KVM_CHECK_EXTENSION takes a number and returns one.
-        let answer = unsafe { ioctl(&device, number::Number::<CHECK_EXTENSION>(extension)) }?;
-        if answer == 0 {
-            missing.push(name.to_owned());
+    /// Opens the device at `path` and asks what it is.
+    pub(in crate::engine) fn examine(path: &Path) -> io::Result<KvmDevice> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let device = kvm_ioctls::Kvm::new_with_path(path);
+        let device = device.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        match device.get_api_version() {
+            // It is something else, and knows no such request.
+            ..0 => Err(io::Error::last_os_error()),
+            api_version => Ok(KvmDevice::Open { api_version }),
         }
     }
-    Ok(KvmDevice::Open { api_version, missing })
 }
 
-#[cfg(target_os = "linux")]
-mod number {
-    use std::ffi::c_void;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+mod nowhere {
+    use std::io;
+    use std::path::Path;
+    use std::sync::Arc;
 
-    use rustix::io;
-    use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
+    use crate::engine::KvmDevice;
+    use crate::hv::HvError;
+    use crate::hv::Hypervisor;
 
-    /// A request that takes a number and whose answer is what the call returns.
-    pub(super) struct Number<const OPCODE: Opcode>(pub(super) usize);
+    pub(in crate::engine) fn open() -> Result<Arc<dyn Hypervisor>, HvError> {
+        Err(HvError::Unsupported("KVM"))
+    }
 
-    // SAFETY: the argument is a number and no pointer, the answer is the call's own value, and nothing is written.
-    unsafe impl<const OPCODE: Opcode> Ioctl for Number<OPCODE> {
-        type Output = IoctlOutput;
-        const IS_MUTATING: bool = false;
-
-        fn opcode(&self) -> Opcode {
-            OPCODE
-        }
-
-        fn as_ptr(&mut self) -> *mut c_void {
-            std::ptr::without_provenance_mut(self.0)
-        }
-
-        unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> io::Result<IoctlOutput> {
-            Ok(out)
-        }
+    pub(in crate::engine) fn examine(_path: &Path) -> io::Result<KvmDevice> {
+        Err(io::ErrorKind::NotFound.into())
     }
 }

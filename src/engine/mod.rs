@@ -139,7 +139,7 @@ fn open_kvm(facts: &EngineFacts) -> Result<Arc<dyn Hypervisor>, EngineError> {
     if !found.is_empty() {
         return Err(in_the_way(found));
     }
-    kvm::open().map_err(|error| in_the_way(vec![Obstacle::of_error(&error)]))
+    kvm::open().map_err(|error| in_the_way(Obstacle::of_error(&error)))
 }
 
 #[cfg(test)]

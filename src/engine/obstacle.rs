@@ -37,9 +37,6 @@ pub enum Obstacle {
         /// The host's.
         found: String,
     },
-    /// This build of the library does not have the engine.
-    #[error("it is not part of this build")]
-    NotInThisBuild,
     /// There is no `/dev/kvm`.
     #[error("there is no /dev/kvm")]
     NoDevice {
@@ -85,7 +82,7 @@ impl Obstacle {
     #[must_use]
     pub fn remedy(&self) -> Option<String> {
         let text = match self {
-            Self::OtherSystem { .. } | Self::OtherArchitecture { .. } | Self::NotInThisBuild => return None,
+            Self::OtherSystem { .. } | Self::OtherArchitecture { .. } => return None,
             Self::NoDevice { virtualization: Some(false) } => {
                 "enable virtualization in the firmware; in a virtual machine, nested virtualization in its hypervisor".to_owned()
             }
@@ -102,12 +99,15 @@ impl Obstacle {
     }
 
     /// What an engine's error means.
-    pub(super) fn of_error(error: &HvError) -> Self {
+    pub(super) fn of_error(error: &HvError) -> Vec<Self> {
         match error {
-            HvError::Unsupported("KVM") => Self::NotInThisBuild,
-            HvError::Unsupported(name) => Self::MissingCapability { name: (*name).to_owned() },
-            other => Self::Refused { error: chain(other) },
+            HvError::Missing { what } => Self::missing(what),
+            other => vec![Self::Refused { error: chain(other) }],
         }
+    }
+
+    fn missing<S: AsRef<str>>(what: &[S]) -> Vec<Self> {
+        what.iter().map(|name| Self::MissingCapability { name: name.as_ref().to_owned() }).collect()
     }
 }
 
@@ -156,19 +156,17 @@ fn device(facts: &KvmFacts, found: &mut Vec<Obstacle>) {
         KvmDevice::Absent => found.push(Obstacle::NoDevice { virtualization: facts.virtualization }),
         KvmDevice::Denied { group } => found.push(Obstacle::NoPermission { group: group.clone() }),
         KvmDevice::Failed { error } => found.push(Obstacle::Refused { error: error.clone() }),
-        KvmDevice::Open { api_version, missing } => {
-            if *api_version != API_VERSION {
-                found.push(Obstacle::WrongApi { found: *api_version });
-            }
-            found.extend(missing.iter().map(|name| Obstacle::MissingCapability { name: name.clone() }));
+        KvmDevice::Open { api_version } if *api_version != API_VERSION => {
+            found.push(Obstacle::WrongApi { found: *api_version });
         }
+        KvmDevice::Open { .. } => {}
     }
 }
 
 fn trial(trial: &Trial, found: &mut Vec<Obstacle>) {
     match trial {
         Trial::NotTried => {}
-        Trial::NotInThisBuild => found.push(Obstacle::NotInThisBuild),
+        Trial::Lacking { what } => found.extend(Obstacle::missing(what)),
         Trial::Failed { error } => found.push(Obstacle::Refused { error: error.clone() }),
         Trial::Ran { kernel_mips, .. } => {
             if *kernel_mips < KERNEL_MIPS_LEAST {
@@ -187,7 +185,7 @@ mod tests {
     }
 
     fn of_trial(trial: Trial) -> Vec<Obstacle> {
-        let device = KvmDevice::Open { api_version: 12, missing: Vec::new() };
+        let device = KvmDevice::Open { api_version: 12 };
         kvm(&EngineFacts::made_up(KvmFacts { device, trial, ..KvmFacts::default() }))
     }
 
@@ -212,23 +210,16 @@ mod tests {
     #[test]
     fn each_state_of_the_device_has_its_obstacle_and_remedy() {
         let denied = |group: Option<&str>| KvmDevice::Denied { group: group.map(str::to_owned) };
-        let open = |api_version, missing: &[&str]| KvmDevice::Open {
-            api_version,
-            missing: missing.iter().map(|name| (*name).to_owned()).collect(),
-        };
         let remedy = |device| of_device(device)[0].remedy().unwrap();
         assert!(remedy(KvmDevice::Absent).contains("modprobe kvm_intel"));
         assert_eq!(remedy(denied(Some("kvm"))), "`sudo usermod -aG kvm $USER`, then log in again");
         assert!(remedy(denied(None)).contains("setfacl -m u:$USER:rw /dev/kvm"));
-        assert_eq!(of_device(open(11, &[])), [Obstacle::WrongApi { found: 11 }]);
-        let lacking = of_device(open(12, &["KVM_CAP_XSAVE", "KVM_CAP_IRQCHIP"]));
-        assert_eq!(lacking.len(), 2);
-        assert_eq!(lacking[0].to_string(), "KVM lacks KVM_CAP_XSAVE");
-        assert!(lacking[0].remedy().unwrap().contains("newer kernel"));
+        assert_eq!(of_device(KvmDevice::Open { api_version: 11 }), [Obstacle::WrongApi { found: 11 }]);
+        assert!(remedy(KvmDevice::Open { api_version: 11 }).contains("newer kernel"));
         let failed = of_device(KvmDevice::Failed { error: "no such device or address".to_owned() });
         assert_eq!(failed[0].to_string(), "the host refuses: no such device or address");
         assert!(failed[0].remedy().unwrap().contains("dmesg"));
-        assert_eq!(of_device(open(12, &[])), []);
+        assert_eq!(of_device(KvmDevice::Open { api_version: 12 }), []);
     }
 
     #[test]
@@ -246,14 +237,19 @@ mod tests {
         assert!(ran(1.8)[0].remedy().is_some());
         assert_eq!(ran(KERNEL_MIPS_LEAST), []);
         assert_eq!(ran(2400.0), []);
-        assert_eq!(of_trial(Trial::NotInThisBuild), [Obstacle::NotInThisBuild]);
+        let lacking = of_trial(Trial::Lacking { what: vec!["KVM_CAP_XSAVE".to_owned(), "SSE2".to_owned()] });
+        assert_eq!(lacking.len(), 2);
+        assert_eq!(lacking[0].to_string(), "KVM lacks KVM_CAP_XSAVE");
+        assert!(lacking[0].remedy().unwrap().contains("newer kernel"));
         assert_eq!(of_trial(Trial::Failed { error: "no".to_owned() }), [Obstacle::Refused { error: "no".to_owned() }]);
     }
 
     #[test]
     fn an_engines_errors_are_told_with_their_causes() {
         let call = HvError::Call { call: "KVM_CREATE_VM", source: std::io::ErrorKind::OutOfMemory.into() };
-        assert_eq!(Obstacle::of_error(&call).to_string(), "the host refuses: KVM_CREATE_VM failed: out of memory");
-        assert_eq!(Obstacle::of_error(&HvError::Unsupported("KVM")), Obstacle::NotInThisBuild);
+        let [refused] = &Obstacle::of_error(&call)[..] else { panic!("one obstacle") };
+        assert_eq!(refused.to_string(), "the host refuses: KVM_CREATE_VM failed: out of memory");
+        let missing = Obstacle::of_error(&HvError::Missing { what: vec!["SSE2", "FXSR"] });
+        assert_eq!(missing.iter().map(ToString::to_string).collect::<Vec<_>>(), ["KVM lacks SSE2", "KVM lacks FXSR"]);
     }
 }

@@ -68,8 +68,11 @@ pub enum Trial {
     /// None was made.
     #[default]
     NotTried,
-    /// This build does not have the engine.
-    NotInThisBuild,
+    /// The engine did not open, because the host lacks something.
+    Lacking {
+        /// All of it, by the names that manuals use.
+        what: Vec<String>,
+    },
     /// It could not be made or run.
     Failed {
         /// The engine's error.
@@ -89,7 +92,7 @@ impl Trial {
     pub(super) fn of(open: &dyn Fn() -> Result<Arc<dyn Hypervisor>, HvError>) -> Self {
         match open().and_then(|engine| run(&*engine)) {
             Ok(ran) => ran,
-            Err(HvError::Unsupported("KVM")) => Self::NotInThisBuild,
+            Err(HvError::Missing { what }) => Self::Lacking { what: what.into_iter().map(str::to_owned).collect() },
             Err(error) => Self::Failed { error: chain(&error) },
         }
     }
@@ -244,7 +247,8 @@ mod tests {
         let failing = || Err(HvError::Unavailable(std::io::ErrorKind::PermissionDenied.into()));
         let error = "hypervisor unavailable: permission denied".to_owned();
         assert_eq!(Trial::of(&failing), Trial::Failed { error });
-        assert_eq!(Trial::of(&|| Err(HvError::Unsupported("KVM"))), Trial::NotInThisBuild);
+        let lacking = || Err(HvError::Missing { what: vec!["SSE2"] });
+        assert_eq!(Trial::of(&lacking), Trial::Lacking { what: vec!["SSE2".to_owned()] });
     }
 
     #[test]
