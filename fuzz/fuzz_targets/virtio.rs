@@ -29,6 +29,8 @@ use kiln::vmm::devices::virtio::rng::Rng;
 use kiln::vmm::devices::virtio::vsock::Vsock;
 use kiln::vmm::devices::virtio::vsock::VsockConnector;
 use libfuzzer_sys::fuzz_target;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
 
 const MEMORY: Bytes = Bytes(256 << 10);
@@ -157,8 +159,9 @@ impl Rig {
     }
 
     fn descriptor(&self, table: u64, n: u64, addr: u64, len: u32, flags: u16, next: u16) {
-        self.store(table + n * 16, addr);
-        self.store(table + n * 16 + 8, u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48);
+        let at = table.wrapping_add(n * 16);
+        self.store(at, addr);
+        self.store(at.wrapping_add(8), u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48);
     }
 
     /// Makes `head` available on a queue, and has the device look at it.
@@ -204,19 +207,20 @@ impl Rig {
 
     /// This side of the sockets does something.
     fn host(&mut self, what: u8, value: u32) {
-        let Some(connector) = &self.connector else { return };
+        if self.connector.is_none() {
+            return;
+        }
         let cx = &mut Context::from_waker(Waker::noop());
         let which = usize::from(what >> 4) % STREAMS_MAX;
-        match (what % 4, self.streams.get_mut(which)) {
-            (0, _) if self.streams.len() < STREAMS_MAX => self.connect(),
-            (1, Some(stream)) => {
-                let _ = Pin::new(stream).poll_write(cx, &vec![7; value as usize % 0x2_0000]);
+        let size = value as usize % 0x2_0000;
+        if what % 4 == 0 && self.streams.len() < STREAMS_MAX {
+            self.connect();
+        } else if let Some(stream) = self.streams.get_mut(which) {
+            match what % 4 {
+                1 => drop(Pin::new(stream).poll_write(cx, &vec![7; size])),
+                2 => drop(Pin::new(stream).poll_read(cx, &mut ReadBuf::new(&mut vec![0; size]))),
+                _ => drop(self.streams.swap_remove(which)),
             }
-            (2, Some(stream)) => {
-                let _ = Pin::new(stream).poll_read(cx, &mut ReadBuf::new(&mut vec![0; value as usize % 0x2_0000]));
-            }
-            (3, Some(_)) => drop(self.streams.swap_remove(which)),
-            _ => drop(connector.clone()),
         }
         self.work();
     }

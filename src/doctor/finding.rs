@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Facts;
+use crate::engine::Engine;
 use crate::engine::Trial;
+use crate::engine::obstacles;
 use crate::vm::assets::{AGENT_COMMAND, KERNEL_COMMAND};
 
 /// A VM has some ten threads and some twenty open files; fewer than these are soon used up by a pool.
@@ -142,8 +144,10 @@ impl Finding {
 /// What there is to say about a host with these facts.
 pub(super) fn findings(facts: &Facts) -> Vec<Finding> {
     let limits = &facts.cgroup;
+    // It is of no interest how fast machines are made that no guest can run on.
+    let kvm_usable = obstacles(Engine::Kvm, &facts.engines).is_empty();
     let machine = match &facts.engines.kvm.trial {
-        Trial::Ran { create_us, .. } if *create_us >= CREATE_SLOW_US => {
+        Trial::Ran { create_us, .. } if *create_us >= CREATE_SLOW_US && kvm_usable => {
             Some(Finding::SlowMachines { micros: *create_us, nx_huge_pages: facts.engines.kvm.nx_huge_pages.clone() })
         }
         _ => None,

@@ -123,11 +123,23 @@ fn told(obstacles: &[Obstacle]) -> String {
 impl EngineChoice {
     /// Opens what was chosen; `soft` makes the software engine where that is it. The first time in a process that
     /// another engine is in question the host is probed, which blocks for some milliseconds.
-    pub(crate) fn open(&self, soft: impl FnOnce() -> Arc<dyn Hypervisor>) -> Result<Arc<dyn Hypervisor>, EngineError> {
+    ///
+    /// A saved guest goes on only with the processor, by its `profile`, that it knows: where the choice is ours, the
+    /// software engine has it if another does not.
+    pub(crate) fn open(
+        &self,
+        profile: Option<&str>,
+        soft: impl FnOnce() -> Arc<dyn Hypervisor>,
+    ) -> Result<Arc<dyn Hypervisor>, EngineError> {
         match self {
             Self::Given(engine) => Ok(Arc::clone(engine)),
             Self::Named(Engine::Soft) => Ok(soft()),
-            Self::Named(Engine::Auto) => Ok(open_kvm(EngineFacts::of_this_process()).unwrap_or_else(|_| soft())),
+            Self::Named(Engine::Auto) => {
+                let kvm = open_kvm(EngineFacts::of_this_process())
+                    .inspect_err(|reason| tracing::debug!(%reason, "guests run on the software engine"));
+                let fits = |engine: &Arc<dyn Hypervisor>| profile.is_none_or(|wanted| engine.cpu_profile() == wanted);
+                Ok(kvm.ok().filter(fits).unwrap_or_else(soft))
+            }
             Self::Named(Engine::Kvm) => open_kvm(EngineFacts::of_this_process()),
         }
     }
@@ -154,11 +166,14 @@ mod tests {
     #[test]
     fn a_given_engine_and_the_software_one_are_always_to_be_had() {
         let given = soft();
-        let opened = EngineChoice::from(Arc::clone(&given)).open(|| panic!("it is given")).unwrap();
+        let opened = EngineChoice::from(Arc::clone(&given)).open(None, || panic!("it is given")).unwrap();
         assert!(Arc::ptr_eq(&given, &opened));
-        let opened = EngineChoice::from(Engine::Soft).open(|| Arc::clone(&given)).unwrap();
+        let opened = EngineChoice::from(Engine::Soft).open(Some("of no engine"), || Arc::clone(&given)).unwrap();
         assert!(Arc::ptr_eq(&given, &opened));
-        EngineChoice::default().open(soft).expect("some engine is always usable");
+        EngineChoice::default().open(None, soft).expect("some engine is always usable");
+        // Where the choice is ours, a guest that knows a processor which no other engine has is the software engine's.
+        let opened = EngineChoice::default().open(Some("of no engine"), || Arc::clone(&given)).unwrap();
+        assert!(Arc::ptr_eq(&given, &opened));
     }
 
     #[test]
@@ -175,7 +190,7 @@ mod tests {
     #[test]
     fn a_named_engine_is_what_the_facts_of_this_process_allow() {
         let facts = EngineFacts::of_this_process();
-        let named = EngineChoice::from(Engine::Kvm).open(|| panic!("another was named"));
+        let named = EngineChoice::from(Engine::Kvm).open(None, || panic!("another was named"));
         assert_eq!(named.is_ok(), obstacles(Engine::Kvm, facts).is_empty(), "{named:?}");
     }
 }

@@ -60,17 +60,22 @@ impl Image {
     /// ```
     pub async fn boot(&self, config: VmConfig) -> Result<Vm, StartError> {
         let root = self.root(&config).await?;
-        Vm::start(root, self.with_engine(config).await?).await
+        Vm::start(root, self.with_engine(config, None).await?).await
     }
 
-    /// `config` with its engine open. The software engine is that of this value and its clones, so that guests of one image
+    /// `config` with its engine open, for a guest that knows the processor `profile`, if it does. The software engine is that of this value and its clones, so that guests of one image
     /// spare each other what they can.
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub(super) async fn with_engine(&self, mut config: VmConfig) -> Result<VmConfig, StartError> {
+    pub(super) async fn with_engine(
+        &self,
+        mut config: VmConfig,
+        profile: Option<String>,
+    ) -> Result<VmConfig, StartError> {
         let (image, choice) = (self.clone(), config.engine);
-        let engine = run_blocking(move || Ok::<_, StartError>(choice.open(|| image.soft())?)).await?;
+        let engine =
+            run_blocking(move || Ok::<_, StartError>(choice.open(profile.as_deref(), || image.soft())?)).await?;
         config.engine = engine.into();
         Ok(config)
     }

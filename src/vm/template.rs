@@ -62,7 +62,7 @@ impl Template {
         if config.vcpus != 1 {
             return Err(StartError::Config("only one vCPU is supported so far"));
         }
-        let engine = config.engine.open(|| Arc::new(Soft::new()))?;
+        let engine = config.engine.open(None, || Arc::new(Soft::new()))?;
         let name = config.hostname.clone().or_else(|| root.hostname.clone());
         Ok(Self {
             engine,
