@@ -1,4 +1,5 @@
 //! Drivers that do anything to their devices, in any order. A failure says which seed to put into [`SEEDS`] to see it again.
+#![allow(clippy::print_stdout, reason = "the seed, in the output of a test that fails")]
 
 #[path = "support/bare.rs"]
 mod bare;

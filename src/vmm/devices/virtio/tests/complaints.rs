@@ -42,7 +42,7 @@ fn a_driver_that_breaks_its_device_over_and_over_is_warned_of_once() {
                 set(register, value);
             }
             // By turns a queue in no memory, and one whose driver is ahead of it by more than it holds.
-            let at = if round % 2 == 0 { u32::MAX & !15 } else { ring(0) as u32 };
+            let at = if round % 2 == 0 { !15 } else { ring(0) as u32 };
             ram.memory().write_obj(0x7fffu16, GuestAddress(ring(0) + 0x1002)).unwrap();
             for (register, value) in
                 [(0x80, at), (0x90, at.wrapping_add(0x1000)), (0xa0, at.wrapping_add(0x2000)), (0x44, 1), (STATUS, 15)]
