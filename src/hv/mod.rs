@@ -18,6 +18,7 @@ pub mod state;
 use std::fmt::Debug;
 use std::io;
 use std::num::NonZeroU8;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::mem::GuestRam;
@@ -126,6 +127,17 @@ pub trait HvVm: Debug + Send + Sync {
     /// # Errors
     /// [`HvError::Unsupported`] for a number the controller does not have.
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError>;
+
+    /// A file that becomes readable when a vCPU writes at `addr`, which is memory without RAM; from then on no
+    /// [`IoHandler`] sees the write, and the vCPU does not wait for anybody. Reading takes eight bytes, a count. For
+    /// registers of which only that they are written matters. Once an address. `None` by an engine that has no such
+    /// thing: the handler sees the writes then.
+    ///
+    /// # Errors
+    /// [`HvError`] when the host refuses.
+    fn doorbell(&self, _addr: GuestAddr) -> Result<Option<OwnedFd>, HvError> {
+        Ok(None)
+    }
 
     /// The state of the interrupt controllers, while no vCPU runs and no line changes.
     ///

@@ -16,13 +16,14 @@ use super::devices::virtio::Misfit;
 use super::devices::virtio::TransportState;
 use super::devices::virtio::VirtioDevice;
 use super::devices::virtio::Worker;
+use super::devices::virtio::mmio::QUEUE_NOTIFY;
 use super::devices::virtio::mmio::Transport;
 use super::machine::MachineError;
 use super::state::MachineState;
 use super::state::RestoreError;
 use crate::hv::HvVm;
 use crate::mem::GuestRam;
-use crate::units::Gsi;
+use crate::units::{Gsi, GuestAddr};
 
 /// A device to put into the next free virtio slot.
 pub(super) struct VirtioSlot {
@@ -59,6 +60,9 @@ impl Board {
         let (mut transports, mut workers) = (Vec::new(), Vec::new());
         for (slot, VirtioSlot { name, device, doorbell }) in (0..).zip(virtio) {
             let (start, gsi) = place(slot).ok_or(MachineError::TooManyDevices)?;
+            if let Some(bell) = vm.doorbell(GuestAddr(start + QUEUE_NOTIFY))? {
+                doorbell.listen(bell);
+            }
             if held {
                 doorbell.hold();
             }

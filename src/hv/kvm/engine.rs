@@ -5,16 +5,18 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_ADJUST_CLOCK, KVM_CAP_DEBUGREGS, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_EXIT_ON_EMULATION_FAILURE,
-    KVM_CAP_GET_TSC_KHZ, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IOEVENTFD, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP,
+    KVM_CAP_GET_TSC_KHZ, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP,
     KVM_CAP_MP_STATE, KVM_CAP_SET_TSS_ADDR, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_USER_MEMORY,
     KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_VCPU_EVENTS, KVM_CAP_X2APIC_API, KVM_CAP_X86_MSR_FILTER, KVM_CAP_XSAVE,
 };
 use kvm_ioctls::Cap;
 
+use super::clock::Rate;
 use super::failed;
 use super::machine::{KvmVm, Shared};
 use super::profile::Shown;
 use super::signal::Signal;
+use super::tsc;
 use crate::hv::profile::TSC_KHZ;
 use crate::hv::{HvError, HvVm, Hypervisor, VmSpec};
 use crate::mem::GuestRam;
@@ -34,7 +36,7 @@ const NEEDED: [(u32, &str); 18] = [
     (KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ (a host with a stable time stamp counter)"),
     (KVM_CAP_TSC_DEADLINE_TIMER, "KVM_CAP_TSC_DEADLINE_TIMER"),
     (KVM_CAP_ADJUST_CLOCK, "KVM_CAP_ADJUST_CLOCK"),
-    (KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD"),
+    (KVM_CAP_IOEVENTFD_ANY_LENGTH, "KVM_CAP_IOEVENTFD_ANY_LENGTH (Linux 4.4)"),
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT (Linux 4.12)"),
     (KVM_CAP_X2APIC_API, "KVM_CAP_X2APIC_API (Linux 4.8)"),
     (KVM_CAP_X86_MSR_FILTER, "KVM_CAP_X86_MSR_FILTER (Linux 5.10)"),
@@ -49,7 +51,9 @@ const NEEDED: [(u32, &str); 18] = [
 pub enum Profile {
     /// The one that [`Soft`](crate::hv::soft::Soft) implements, to the bit, on any host that has all of it: guests go
     /// from engine to engine and from host to host. Its time stamp counter runs at 1 GHz if the host's processor can
-    /// scale it; if not, it runs as the host's does, and the profile's name says how fast.
+    /// scale it; if not, it runs as the host's does, and the profile's name says how fast. (On a host that does not heed
+    /// an offset either, as those without the processor's help do, guests see the host's own counter, and the name ends
+    /// in `-fixed`: such a guest finds its counter elsewhere after a pause or a restore.)
     Baseline,
     /// The host's own vendor, model and features, as far as a saved state can hold what comes with them: no AVX and
     /// nothing else that is XSAVE's, no performance counters, no nested virtualization. Its name is made of what it
@@ -82,7 +86,7 @@ pub struct Kvm {
     kvm: kvm_ioctls::Kvm,
     signal: Signal,
     shown: Arc<Shown>,
-    host_tsc_khz: u32,
+    rate: Rate,
     run_size: usize,
 }
 
@@ -119,14 +123,14 @@ impl Kvm {
         let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
         let host_tsc_khz = vcpu.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?;
-        if super::tsc::offset(&vcpu).is_err() {
-            return Err(HvError::Missing { what: vec!["KVM_VCPU_TSC_OFFSET (Linux 5.16)"] });
-        }
+        let no_offset = |_| HvError::Missing { what: vec!["KVM_VCPU_TSC_OFFSET (Linux 5.16)"] };
+        let steered = tsc::heeds_offset(&vcpu).map_err(no_offset)?;
         let scales = kvm.check_extension_raw(KVM_CAP_TSC_CONTROL.into()) > 0;
-        let tsc_khz = if scales && profile == Profile::Baseline { TSC_KHZ } else { host_tsc_khz };
-        let shown = Arc::new(Shown::new(&kvm, profile, tsc_khz)?);
+        let guest_khz = if scales && profile == Profile::Baseline { TSC_KHZ } else { host_tsc_khz };
+        let rate = Rate { guest_khz, host_khz: host_tsc_khz, steered };
+        let shown = Arc::new(Shown::new(&kvm, profile, rate)?);
         let run_size = kvm.get_vcpu_mmap_size().map_err(failed("KVM_GET_VCPU_MMAP_SIZE"))?;
-        Ok(Self { kvm, signal, shown, host_tsc_khz, run_size })
+        Ok(Self { kvm, signal, shown, rate, run_size })
     }
 }
 
@@ -148,7 +152,7 @@ impl Hypervisor for Kvm {
             return Err(HvError::Unsupported("so many vCPUs"));
         }
         let vm = self.kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-        let shared = Shared::new(vm, ram, Arc::clone(&self.shown), spec.vcpus, self.host_tsc_khz)?;
+        let shared = Shared::new(vm, ram, Arc::clone(&self.shown), spec.vcpus, self.rate)?;
         Ok(Box::new(KvmVm::new(Arc::new(shared), self.signal, self.run_size)))
     }
 

@@ -96,6 +96,11 @@ impl Page {
         (self.timer_mode().counts() && left != 0).then(|| u64::from(left) * self.divisor())
     }
 
+    /// Whether a timer that counts once has been started, now or ever.
+    pub(super) fn was_started(&self) -> bool {
+        self.timer_mode() == TimerMode::OneShot && self.get(TIMER_INITIAL) != 0
+    }
+
     /// Lets a counting timer expire in so many nanoseconds, once the kernel is given the page.
     pub(super) fn set_count_left_ns(&mut self, left: u64) {
         // A count of zero would be the whole period again.

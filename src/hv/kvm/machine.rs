@@ -1,6 +1,7 @@
 //! One virtual machine.
 
 use std::num::NonZeroU8;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
@@ -10,7 +11,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::clock::Clock;
+use super::clock::{Clock, Rate};
+use super::doorbell;
 use super::failed;
 use super::irq::{self, Lines};
 use super::memory::{Guest, Logging};
@@ -22,7 +24,7 @@ use crate::hv::state::irqchip::IOAPIC_PINS;
 use crate::hv::{HvError, HvVm, IrqLine, TimeStamp, VcpuSeed};
 use crate::mem::GuestRam;
 use crate::mem::PageSet;
-use crate::units::{Gsi, VcpuId};
+use crate::units::{Gsi, GuestAddr, VcpuId};
 
 /// Three pages that Intel processors without "unrestricted guest" need for real mode, in which every processor but the
 /// first one starts; in the hole below 4 GiB. The identity map that they also need is by default the page before.
@@ -45,14 +47,14 @@ impl Shared {
         ram: Arc<GuestRam>,
         shown: Arc<Shown>,
         vcpus: NonZeroU8,
-        host_tsc_khz: u32,
+        rate: Rate,
     ) -> Result<Self, HvError> {
-        let clock = Clock::new(shown.tsc_khz(), host_tsc_khz);
+        let clock = Clock::new(rate);
         let slots = (0..vcpus.get()).map(|_| OnceLock::new()).collect();
-        // Memory comes before the interrupt controllers: a slot that is added after them waits for readers of what they
-        // have replaced, for milliseconds. The same goes for the filter.
+        // In this order: what each of these replaces must be waited out by the next one, the filter patiently (fifteen
+        // milliseconds if it is not the first) and memory after the controllers too (six).
+        shown.filter_msrs(&vm)?;
         let guest = Arc::new(Guest::new(vm, ram)?);
-        shown.filter_msrs(guest.vm())?;
         add_controllers(guest.vm())?;
         let logging = Mutex::new(Logging::Off);
         Ok(Self { slots, guest, clock, shown, lines: Lines::default(), logging })
@@ -202,6 +204,10 @@ impl HvVm for KvmVm {
 
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError> {
         irq::line(&self.shared, gsi).ok_or(HvError::Unsupported("an interrupt line that the IOAPIC does not have"))
+    }
+
+    fn doorbell(&self, addr: GuestAddr) -> Result<Option<OwnedFd>, HvError> {
+        doorbell::on_write(self.shared.vm(), addr).map(Some)
     }
 
     fn save_irqchip(&self) -> Result<IrqChipState, HvError> {

@@ -21,6 +21,7 @@
 
 mod clock;
 mod dirty;
+mod doorbell;
 mod engine;
 mod irq;
 mod kick;

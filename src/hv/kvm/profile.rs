@@ -8,6 +8,7 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use sha2::{Digest as _, Sha256};
 
+use super::clock::Rate;
 use super::engine::Profile;
 use super::failed;
 use crate::hv::HvError;
@@ -20,7 +21,7 @@ const EDX: usize = 3;
 
 /// What of the baseline a host may lack: leaf, register, bit and name. Not here: what KVM makes without the processor's
 /// help, and hints.
-const NEEDED: [(u32, usize, u32, &str); 21] = [
+const NEEDED: [(u32, usize, u32, &str); 22] = [
     (1, ECX, 13, "CMPXCHG16B"),
     (1, ECX, 21, "x2APIC"),
     (1, EDX, 0, "x87"),
@@ -42,6 +43,7 @@ const NEEDED: [(u32, usize, u32, &str); 21] = [
     (0x8000_0001, EDX, 20, "no-execute pages"),
     (0x8000_0001, EDX, 26, "1 GiB pages"),
     (0x8000_0001, EDX, 27, "RDTSCP"),
+    (0x8000_0007, EDX, 8, "an invariant time stamp counter"),
 ];
 
 /// SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, AES, RDRAND.
@@ -54,6 +56,8 @@ const HOST_7_EBX: u32 = bits(&[0, 3, 6, 7, 8, 9, 10, 13, 18, 19, 20, 23, 24, 29]
 const HOST_7_ECX: u32 = bits(&[2, 8, 22, 27, 28]);
 /// FSRM, MD_CLEAR, SERIALIZE.
 const HOST_7_EDX: u32 = bits(&[4, 10, 14]);
+/// Fast zero-length MOVSB, fast short STOSB, fast short CMPSB and SCASB.
+const HOST_7_1_EAX: u32 = bits(&[10, 11, 12]);
 /// LAHF, LZCNT, SSE4A, misaligned SSE, PREFETCHW.
 const HOST_80000001_ECX: u32 = bits(&[0, 5, 6, 7, 8]);
 /// SYSCALL, NX, MMX extensions, 1 GiB pages, RDTSCP, long mode.
@@ -82,7 +86,7 @@ const MSRS: [&[u32]; 3] = [
 pub(super) struct Shown {
     kind: Profile,
     name: String,
-    tsc_khz: u32,
+    rate: Rate,
     /// What the host offers, for [`Profile::Host`].
     offered: Vec<kvm_cpuid_entry2>,
 }
@@ -90,9 +94,9 @@ pub(super) struct Shown {
 impl Shown {
     /// # Errors
     /// [`HvError::Missing`] with all that the host lacks of the baseline.
-    pub(super) fn new(kvm: &Kvm, kind: Profile, tsc_khz: u32) -> Result<Self, HvError> {
+    pub(super) fn new(kvm: &Kvm, kind: Profile, rate: Rate) -> Result<Self, HvError> {
         let offered = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut shown = Self { kind, name: String::new(), tsc_khz, offered: offered.as_slice().to_vec() };
+        let mut shown = Self { kind, name: String::new(), rate, offered: offered.as_slice().to_vec() };
         let what = shown.missing();
         if kind == Profile::Baseline && !what.is_empty() {
             return Err(HvError::Missing { what });
@@ -110,7 +114,7 @@ impl Shown {
     }
 
     pub(super) fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
+        self.rate.guest_khz
     }
 
     /// What vCPU `id` of `vcpus` shows.
@@ -147,7 +151,7 @@ impl Shown {
 
     fn context(&self, id: u8, vcpus: u8) -> Context {
         // KVM itself follows the local APIC's enable bit and CR4.OSXSAVE.
-        Context { apic_id: id.into(), vcpus: vcpus.into(), apic_enabled: true, cr4: 0, tsc_khz: self.tsc_khz }
+        Context { apic_id: id.into(), vcpus: vcpus.into(), apic_enabled: true, cr4: 0, tsc_khz: self.tsc_khz() }
     }
 
     fn entries(&self, of: Context) -> Vec<kvm_cpuid_entry2> {
@@ -189,6 +193,7 @@ impl Shown {
                 [eax & !sharing | (shared - 1) << 14 | (threads.min(64) - 1) << 26, ebx, ecx, edx]
             }
             7 if subleaf == 0 => [baseline[0], ebx & HOST_7_EBX, ecx & HOST_7_ECX, edx & HOST_7_EDX],
+            7 => [eax & HOST_7_1_EAX, 0, 0, 0],
             2 | 4 | 0x8000_0002..=0x8000_0006 => own,
             0x8000_0001 => [eax, ebx, ecx & HOST_80000001_ECX, edx & HOST_80000001_EDX],
             0x8000_0008 => [eax & 0xffff, 0, 0, 0],
@@ -212,9 +217,10 @@ impl Shown {
 
     /// The name says everything that a guest may rely on; the clock's frequency to the MHz, as of two crystals.
     fn named(&self) -> String {
-        let own_clock = format!("@{}MHz", (self.tsc_khz.saturating_add(500)) / 1_000);
+        let fixed = if self.rate.steered { "" } else { "-fixed" };
+        let own_clock = format!("@{}MHz{fixed}", (self.tsc_khz().saturating_add(500)) / 1_000);
         if self.kind == Profile::Baseline {
-            let clock = if self.tsc_khz == TSC_KHZ { "" } else { own_clock.as_str() };
+            let clock = if self.tsc_khz() == TSC_KHZ && self.rate.steered { "" } else { own_clock.as_str() };
             return format!("{PROFILE}{clock}");
         }
         let mut digest = Sha256::new();

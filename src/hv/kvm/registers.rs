@@ -42,6 +42,10 @@ pub(super) fn write(fd: &VcpuFd, ram: &GuestRam, native: &Native) -> Result<(), 
     unsafe { fd.set_xsave(&native.xsave) }.map_err(refused("x87 and SSE state", "KVM_SET_XSAVE"))?;
     fd.set_debug_regs(&native.debug).map_err(refused("debug registers", "KVM_SET_DEBUGREGS"))?;
     set_lapic(fd, &native.lapic)?;
+    if native.lapic.timer_mode().counts() {
+        // Once more: when the first makes another mode of the timer's, the kernel forgets the initial count.
+        set_lapic(fd, &native.lapic)?;
+    }
     restore_msrs(fd, ram, native)?;
     // Last, because others forget what is under way.
     fd.set_vcpu_events(&native.events).map_err(refused("events under way", "KVM_SET_VCPU_EVENTS"))

@@ -13,7 +13,7 @@ use kvm_bindings::{
 use super::lapic::Page;
 use crate::hv::HvError;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events, Fpu, Msrs, Segment, Table};
+use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events, Fpu, Lapic, Msrs, Segment, Table};
 
 /// MSRs that are restored by writing them, in the order of [`msr_values`]; the time's are not among them.
 pub(super) const MSRS: [u32; 12] = [
@@ -48,6 +48,9 @@ impl Native {
     /// The neutral form, but for what time does to it.
     pub(super) fn to_neutral(&self, id: u8) -> VcpuState {
         let (r, s, d) = (&self.regs, &self.sregs, &self.debug);
+        let mut lapic = self.lapic.to_neutral(id.into(), s.apic_base);
+        let mut events = from_events(&self.events, self.mp.mp_state);
+        ask_again(&mut events, &mut lapic);
         VcpuState {
             gpr: [
                 r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14,
@@ -68,10 +71,10 @@ impl Native {
             idtr: Table { base: s.idt.base, limit: s.idt.limit },
             msrs: self.neutral_msrs(),
             fpu: from_xsave(&self.xsave),
-            lapic: self.lapic.to_neutral(id.into(), s.apic_base),
+            lapic,
             interrupt_shadow: self.events.interrupt.shadow != 0,
             activity: from_mp_state(self.mp.mp_state),
-            events: from_events(&self.events, self.mp.mp_state),
+            events,
         }
     }
 
@@ -102,6 +105,10 @@ impl Native {
     /// [`HvError::State`] for what the kernel would take and the processor then refuse, or change without a word.
     pub(super) fn from_neutral(state: &VcpuState, id: u8) -> Result<Self, HvError> {
         validate(state).map_err(HvError::State)?;
+        if state.events.delivering.is_some_and(|event| event.source == DeliverySource::Software) {
+            // KVM executes the instruction again, and does not tell its length.
+            return Err(HvError::Unsupported("a software interrupt that is under way"));
+        }
         let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = state.gpr;
         let (rip, rflags, m) = (state.rip, state.rflags, &state.msrs);
         Ok(Self {
@@ -159,6 +166,8 @@ fn validate(state: &VcpuState) -> Result<(), &'static str> {
     const NW: u64 = 1 << 29;
     const CD: u64 = 1 << 30;
     const PG: u64 = 1 << 31;
+    const LME: u64 = 1 << 8;
+    const LMA: u64 = 1 << 10;
     let require = |holds: bool, what| if holds { Ok(()) } else { Err(what) };
     let msrs = &state.msrs;
     require(state.cr0 >> 32 == 0, "CR0 wider than 32 bits")?;
@@ -183,10 +192,18 @@ fn validate(state: &VcpuState) -> Result<(), &'static str> {
     ];
     require(addresses.into_iter().all(is_canonical), "an address is not canonical")?;
     let segments = || state.segments.iter().chain([&state.ldtr, &state.tr]);
+    const VM: u64 = 1 << 17;
+    require(msrs.efer & LMA == 0 || state.rflags & VM == 0, "virtual 8086 mode in long mode")?;
+    const EFER: u64 = 1 << 0 | LME | LMA | 1 << 11;
+    require(msrs.efer & !EFER == 0, "EFER with bits this processor does not have")?;
+    let long = [msrs.efer & LMA != 0, msrs.efer & LME != 0 && state.cr0 & PG != 0];
+    require(long[0] == long[1], "EFER contradicting CR0")?;
     require(segments().all(|s| s.attributes & 0x0f00 == 0), "segment attributes with limit bits")?;
     require(state.segments[1].attributes & 0x6000 != 0x6000, "CS of 64 and of 32 bits")?;
     require(msrs.sfmask >> 32 == 0 && msrs.tsc_aux >> 32 == 0, "an MSR wider than 32 bits")?;
-    require(msrs.kvm_wall_clock & 3 == 0, "a wall clock that is not aligned")
+    require(msrs.kvm_wall_clock & 3 == 0, "a wall clock that is not aligned")?;
+    require(msrs.pat.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7)), "PAT names no memory type")?;
+    require(state.fpu.mxcsr >> 16 == 0, "MXCSR with reserved bits")
 }
 
 const fn is_canonical(address: u64) -> bool {
@@ -333,8 +350,7 @@ fn from_events(from: &kvm_vcpu_events, mp_state: u32) -> Events {
         let error = (exception.has_error_code != 0).then_some(exception.error_code);
         Some(Delivery { vector: exception.nr, error, source: DeliverySource::Exception })
     } else if interrupt.injected != 0 {
-        let source = if interrupt.soft != 0 { DeliverySource::Software } else { DeliverySource::External };
-        Some(Delivery { vector: interrupt.nr, error: None, source })
+        Some(Delivery { vector: interrupt.nr, error: None, source: DeliverySource::External })
     } else if from.nmi.injected != 0 {
         Some(Delivery { vector: NMI, error: None, source: DeliverySource::Nmi })
     } else {
@@ -345,6 +361,18 @@ fn from_events(from: &kvm_vcpu_events, mp_state: u32) -> Events {
         nmi_masked: from.nmi.masked != 0,
         start_up: (mp_state == KVM_MP_STATE_SIPI_RECEIVED).then_some(from.sipi_vector as u8),
         delivering,
+    }
+}
+
+/// An interrupt that the local APIC has handed over and whose delivery has not begun is the same as one that it is about
+/// to hand over, which every engine knows.
+fn ask_again(events: &mut Events, lapic: &mut Lapic) {
+    let Some(Delivery { vector, source: DeliverySource::External, .. }) = events.delivering else { return };
+    let (word, bit) = (usize::from(vector / 32), 1 << (vector % 32));
+    if lapic.isr[word] & bit != 0 {
+        lapic.isr[word] &= !bit;
+        lapic.irr[word] |= bit;
+        events.delivering = None;
     }
 }
 
@@ -368,10 +396,9 @@ fn to_events(state: &VcpuState) -> kvm_vcpu_events {
             to.exception.error_code = error.unwrap_or(0);
         }
         Some(Delivery { source: DeliverySource::Nmi, .. }) => to.nmi.injected = 1,
-        Some(Delivery { vector, source, .. }) => {
+        Some(Delivery { vector, .. }) => {
             to.interrupt.injected = 1;
             to.interrupt.nr = vector;
-            to.interrupt.soft = (source == DeliverySource::Software).into();
         }
     }
     to

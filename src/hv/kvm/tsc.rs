@@ -32,6 +32,13 @@ pub(super) fn offset(vcpu: &VcpuFd) -> Result<u64, HvError> {
     Ok(value)
 }
 
+/// Whether an offset does anything. Leaves one behind.
+pub(super) fn heeds_offset(vcpu: &VcpuFd) -> Result<bool, HvError> {
+    const SOME: u64 = 1 << 40;
+    set_offset(vcpu, SOME)?;
+    Ok(offset(vcpu)? == SOME)
+}
+
 /// Replaces the vCPU's offset.
 pub(super) fn set_offset(vcpu: &VcpuFd, mut value: u64) -> Result<(), HvError> {
     // SAFETY: `value` is eight bytes that are valid for reading, and outlives the call.

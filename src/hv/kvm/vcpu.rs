@@ -10,6 +10,7 @@ use super::clock::Clock;
 use super::engine::Profile;
 use super::failed;
 use super::kick::{Binding, Kicker};
+use super::lapic::{Page, TimerMode};
 use super::machine::Shared;
 use super::registers;
 use super::run::{Left, Run};
@@ -51,7 +52,7 @@ impl Slot {
         }
         let offset = clock.offset(fd)?;
         tsc::set_offset(fd, offset)?;
-        let cell = Cell { run, offset, drift: 0, left_ns: None, owes: false };
+        let cell = Cell { run, offset, drift: 0, counted: false, paused: None, owes: false };
         Ok(Self { id, kicker: Arc::new(Kicker::new(signal)), cell: Mutex::new(cell) })
     }
 
@@ -73,6 +74,15 @@ impl Slot {
     }
 }
 
+/// What an armed timer has left.
+#[derive(Clone, Copy, Debug)]
+enum Timer {
+    /// Of counting, in nanoseconds.
+    Count(u64),
+    /// Until its deadline, in ticks of the guest's counter.
+    Deadline(u64),
+}
+
 /// What whoever holds the vCPU may do with it.
 #[derive(Debug)]
 pub(super) struct Cell {
@@ -81,8 +91,10 @@ pub(super) struct Cell {
     offset: u64,
     /// What the guest has added to its own since.
     drift: u64,
-    /// While time stands still: what a timer that counts had left.
-    left_ns: Option<u64>,
+    /// The timer counted when the last run ended.
+    counted: bool,
+    /// While time stands still: what the timer had left then.
+    paused: Option<Timer>,
     /// The kernel waits for the answer to an access.
     owes: bool,
 }
@@ -100,8 +112,24 @@ impl Cell {
 
     /// Notes what goes on with time: the guest may have changed its counter, and a timer may count.
     pub(super) fn time_stops(&mut self) -> Result<(), HvError> {
-        self.drift = tsc::offset(self.run.fd())?.wrapping_sub(self.offset);
-        self.left_ns = registers::lapic(self.run.fd())?.count_left_ns();
+        let fd = self.run.fd();
+        self.drift = tsc::offset(fd)?.wrapping_sub(self.offset);
+        self.paused = match registers::tsc_deadline(fd)? {
+            0 => self.count_left(&registers::lapic(fd)?).map(Timer::Count),
+            deadline => Some(Timer::Deadline(deadline.saturating_sub(super::clock::read(fd)?))),
+        };
+        Ok(())
+    }
+
+    /// What a timer that counts has left. One that counted when the run ended, and does not any more, has expired since:
+    /// its interrupt is still to come, and nowhere to be seen.
+    fn count_left(&self, page: &Page) -> Option<u64> {
+        page.count_left_ns().or_else(|| (self.counted && page.was_started()).then_some(0))
+    }
+
+    /// Notes what [`count_left`](Self::count_left) wants to know.
+    fn run_ends(&mut self) -> Result<(), HvError> {
+        self.counted = registers::lapic(self.run.fd())?.count_left_ns().is_some();
         Ok(())
     }
 
@@ -109,14 +137,17 @@ impl Cell {
     pub(super) fn time_starts(&mut self, clock: &Clock) -> Result<(), HvError> {
         self.follow(clock)?;
         let fd = self.run.fd();
-        if let Some(left) = self.left_ns.take() {
-            let mut page = registers::lapic(fd)?;
-            page.set_count_left_ns(left);
-            registers::set_lapic(fd, &page)?;
-        }
-        match registers::tsc_deadline(fd)? {
-            0 => Ok(()),
-            deadline => registers::set_tsc_deadline(fd, deadline),
+        match self.paused.take() {
+            None => Ok(()),
+            Some(Timer::Count(left)) => {
+                let mut page = registers::lapic(fd)?;
+                page.set_count_left_ns(left);
+                registers::set_lapic(fd, &page)
+            }
+            Some(Timer::Deadline(left)) => {
+                let now = clock.now().ticks.wrapping_add(self.drift);
+                registers::set_tsc_deadline(fd, now.saturating_add(left))
+            }
         }
     }
 
@@ -198,12 +229,18 @@ impl Cell {
             Some(tsc) => tsc.wrapping_add(self.drift),
             None => super::clock::read(self.run.fd())?,
         };
-        let deadline = registers::tsc_deadline(self.run.fd())?;
-        state.lapic.tsc_deadline = deadline;
-        state.lapic.timer_left_ns = if native.lapic.timer_mode().counts() {
-            if still.is_some() { self.left_ns } else { native.lapic.count_left_ns() }
+        let timer = if still.is_some() {
+            self.paused
+        } else if native.lapic.timer_mode().counts() {
+            self.count_left(&native.lapic).map(Timer::Count)
         } else {
-            (deadline != 0).then(|| clock.ns(deadline.saturating_sub(state.msrs.tsc)))
+            let deadline = registers::tsc_deadline(self.run.fd())?;
+            (deadline != 0).then(|| Timer::Deadline(deadline.saturating_sub(state.msrs.tsc)))
+        };
+        (state.lapic.timer_left_ns, state.lapic.tsc_deadline) = match timer {
+            None => (None, 0),
+            Some(Timer::Count(ns)) => (Some(ns), 0),
+            Some(Timer::Deadline(ticks)) => (Some(clock.ns(ticks)), state.msrs.tsc.saturating_add(ticks)),
         };
         Ok(state)
     }
@@ -216,15 +253,32 @@ impl Cell {
             registers::write(fd, shared.ram(), &before)?;
             return Err(error);
         }
-        self.drift = 0;
+        (self.drift, self.counted) = (0, false);
         if id == 0 {
             shared.set_time(state.msrs.tsc);
         }
         // Also when the offset is the one that it had: the guest may have changed its own.
         self.offset = shared.clock().offset(self.run.fd())?;
         tsc::set_offset(self.run.fd(), self.offset)?;
-        self.left_ns = native.lapic.count_left_ns().filter(|_| shared.clock().still().is_some());
-        registers::set_tsc_deadline(self.run.fd(), state.lapic.tsc_deadline)
+        self.restore_timer(shared.clock(), &native.lapic, state)
+    }
+
+    /// A timer that counts runs since its page was given to the kernel; one with a deadline is armed here. While time
+    /// stands still, what either has left is noted for when it goes on.
+    fn restore_timer(&mut self, clock: &Clock, page: &Page, state: &VcpuState) -> Result<(), HvError> {
+        let armed = page.timer_mode() == TimerMode::TscDeadline && state.lapic.tsc_deadline != 0;
+        let ticks = state.lapic.tsc_deadline.saturating_sub(state.msrs.tsc);
+        let timer = if armed { Some(Timer::Deadline(ticks)) } else { page.count_left_ns().map(Timer::Count) };
+        if clock.still().is_some() {
+            self.paused = timer;
+            return Ok(());
+        }
+        match timer {
+            Some(Timer::Deadline(left)) => {
+                registers::set_tsc_deadline(self.run.fd(), clock.now().ticks.saturating_add(left))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -291,7 +345,7 @@ impl Vcpu for KvmVcpu {
         cell.follow(self.shared.clock())?;
         loop {
             if self.slot.kicker.take(cell.run.page()) {
-                return Ok(Exit::Kicked);
+                return cell.run_ends().map(|()| Exit::Kicked);
             }
             if let Some(exit) = cell.advance(&self.shared, &mut *self.io)? {
                 return Ok(exit);

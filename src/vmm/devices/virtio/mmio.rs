@@ -72,6 +72,9 @@ mod status {
     pub(super) const NEEDS_RESET: u32 = 64;
 }
 
+/// The register whose being written is all that matters about it: rings add up, and which queue rang is found by looking.
+pub(in crate::vmm) const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
+
 const MAGIC: u32 = 0x7472_6976; // "virt"
 const VENDOR: u32 = u32::from_le_bytes(*b"KILN");
 
