@@ -2,6 +2,7 @@
 
 mod balloon;
 mod complaints;
+mod defects;
 mod restore;
 
 use std::io::Write;

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -152,6 +153,18 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// A piece of work in which a panic is a defect of the device's and costs the guest that device, until it resets it.
+    /// The thread lives on, or the machine could not be paused any more.
+    fn step_or_stop(&self) -> Progress {
+        catch_unwind(AssertUnwindSafe(|| self.step())).unwrap_or_else(|_| {
+            tracing::error!("a virtio device panicked, which is a defect in it; stopped until reset");
+            self.fail();
+            Progress::Idle
+        })
+    }
+}
+
 /// What a device has to do, for the one thread that does it.
 #[derive(Debug)]
 pub struct Work {
@@ -186,7 +199,7 @@ impl Worker {
                 if shared.doorbell.wait(deadline) == Wake::Closed {
                     return;
                 }
-                while shared.step() == Progress::More {
+                while shared.step_or_stop() == Progress::More {
                     if shared.doorbell.interrupts() {
                         // For when it may go on.
                         shared.doorbell.ring();
