@@ -24,6 +24,7 @@
 //! | [`block`] | where a disk's bytes come from |
 //! | [`mem`] | guest RAM |
 //! | [`hv`] | the seam to the engines that run guest processors, and the software engine |
+//! | [`engine`] | which engine runs a guest, and why not another |
 //! | [`vmm`] | the machine: bus, devices, boot |
 //! | [`snapshot`] | a paused machine as a folder, and machines that go on from it |
 //! | [`image`] | OCI images: registry, layout folder, archive, store |
@@ -35,6 +36,7 @@
 //! | [`workload`] | the image's own command in the guest |
 //! | [`vm`] | a VM's life |
 //! | [`pool`] | VMs of one image that are ready before they are needed |
+//! | [`mod@doctor`] | what this host can do for guests, what is in the way, and what helps |
 //!
 //! An unoptimised build of the software processor is some thirty times slower; in a program that uses kiln put
 //! `[profile.dev.package.kiln] opt-level = 3` into its `Cargo.toml`.
@@ -46,6 +48,8 @@ struct Readme;
 
 pub mod block;
 mod blocking;
+pub mod doctor;
+pub mod engine;
 mod error;
 pub mod exec;
 pub mod files;
@@ -62,6 +66,8 @@ pub mod vm;
 pub mod vmm;
 pub mod workload;
 
+pub use doctor::doctor;
+pub use engine::Engine;
 pub use error::Error;
 pub use exec::{ExecBuilder, ExecChild, ExecError, ExecEvent, ExecEvents, ExecExit, ExecOutcome, ExecSignaller};
 pub use exec::{ExecSocket, ExecStderr, ExecStdin, ExecStdout};

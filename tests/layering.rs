@@ -16,6 +16,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("mem", &["units"]),
     ("transport", &["units"]),
     ("hv", &["units", "mem"]),
+    // Which engine this host can run guests on: tries a machine of one, through the seam.
+    ("engine", &["units", "mem", "hv"]),
     ("vmm", &["units", "blocking", "block", "mem", "transport", "hv"]),
     ("image", &["units", "blocking"]),
     ("rootfs", &["units", "block", "image"]),
@@ -33,6 +35,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "mem",
             "transport",
             "hv",
+            "engine",
             "vmm",
             "image",
             "rootfs",
@@ -43,6 +46,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "workload",
         ],
     ),
+    // Looks at a host before there is a VM, and names what a VM would look for: kernel and agent.
+    ("doctor", &["blocking", "mem", "engine", "vm"]),
     // Many VMs of one image; what a VM is made of is none of its business.
     ("pool", &["image", "vm"]),
     // The umbrella over the operations' errors.

@@ -8,7 +8,7 @@ use super::Vm;
 use super::assets::Assets;
 use super::bake::Warmup;
 use super::bake::WarmupResult;
-use crate::hv::Hypervisor;
+use crate::engine::EngineChoice;
 use crate::image::Progress;
 use crate::image::PullPolicy;
 use crate::rootfs::Limits;
@@ -52,7 +52,7 @@ pub struct VmConfig {
     pub(super) kernel: Kernel,
     pub(super) agent: Agent,
     pub(super) assets: Option<Assets>,
-    pub(super) engine: Option<Arc<dyn Hypervisor>>,
+    pub(super) engine: EngineChoice,
     pub(super) boot_timeout: Duration,
     pub(super) verbose_boot: bool,
     pub(super) extra_cmdline: String,
@@ -83,7 +83,7 @@ impl VmConfig {
             kernel: Kernel::default(),
             agent: Agent::default(),
             assets: None,
-            engine: None,
+            engine: EngineChoice::default(),
             boot_timeout: Duration::from_secs(60),
             verbose_boot: false,
             extra_cmdline: String::new(),
@@ -160,10 +160,23 @@ impl VmConfig {
         self
     }
 
-    /// The engine to run on; else the best that this host has, one for all guests of an [`Image`](crate::Image) value and its clones.
+    /// The engine to run on, by name or one that you have; else the best that this host has ([`Engine::Auto`]). The software
+    /// engine that is chosen by name is one for all guests of an [`Image`](crate::Image) value and its clones.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use kiln::{Engine, VmConfig, hv::soft::Soft};
+    ///
+    /// let hardware_or_an_error = VmConfig::new().engine(Engine::Kvm);
+    /// let counted = Arc::new(Soft::new());
+    /// let mine = VmConfig::new().engine(Arc::clone(&counted));
+    /// # drop((hardware_or_an_error, mine));
+    /// ```
+    ///
+    /// [`Engine::Auto`]: crate::Engine::Auto
     #[must_use]
-    pub fn engine(mut self, engine: Arc<dyn Hypervisor>) -> Self {
-        self.engine = Some(engine);
+    pub fn engine(mut self, engine: impl Into<EngineChoice>) -> Self {
+        self.engine = engine.into();
         self
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::assets;
+use crate::engine::EngineError;
 use crate::exec::ExecError;
 use crate::hv::HvError;
 use crate::image::{Digest, Platform, StoreError};
@@ -63,6 +64,9 @@ pub enum StartError {
         /// What guests are.
         guest: Box<Platform>,
     },
+    /// The engine that was named cannot run guests on this host.
+    #[error(transparent)]
+    NoEngine(#[from] EngineError),
     /// A setting that cannot be.
     #[error("invalid configuration: {0}")]
     Config(&'static str),

@@ -10,6 +10,7 @@ use crate::hv::Hypervisor;
 use crate::hv::soft::Soft;
 use crate::image::Image;
 use crate::image::Platform;
+use crate::image::run_blocking;
 use crate::rootfs;
 use crate::workload::signal_number;
 
@@ -59,16 +60,31 @@ impl Image {
     /// ```
     pub async fn boot(&self, config: VmConfig) -> Result<Vm, StartError> {
         let root = self.root(&config).await?;
-        Vm::start(root, self.with_engine(config)).await
+        Vm::start(root, self.with_engine(config, None).await?).await
     }
 
-    /// `config` with an engine: without one of its own that of this value and its clones, so that guests of one image
+    /// `config` with its engine open, for a guest that knows the processor `profile`, if it does. The software engine is that of this value and its clones, so that guests of one image
     /// spare each other what they can.
-    pub(super) fn with_engine(&self, mut config: VmConfig) -> VmConfig {
-        if config.engine.is_none() {
-            config.engine = self.companion(Soft::new).map(|engine| engine as Arc<dyn Hypervisor>);
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(super) async fn with_engine(
+        &self,
+        mut config: VmConfig,
+        profile: Option<String>,
+    ) -> Result<VmConfig, StartError> {
+        let (image, choice) = (self.clone(), config.engine);
+        let engine =
+            run_blocking(move || Ok::<_, StartError>(choice.open(profile.as_deref(), || image.soft())?)).await?;
+        config.engine = engine.into();
+        Ok(config)
+    }
+
+    fn soft(&self) -> Arc<dyn Hypervisor> {
+        match self.companion(Soft::new) {
+            Some(engine) => engine,
+            None => Arc::new(Soft::new()),
         }
-        config
     }
 
     /// The root filesystem and the part of the configuration that concerns processes.

@@ -12,6 +12,7 @@ use super::template::Template;
 use crate::exec;
 use crate::exec::AgentInfo;
 use crate::exec::Renewal;
+use crate::hv::soft::Soft;
 use crate::image::Image;
 use crate::image::run_blocking;
 use crate::snapshot::Snapshot;
@@ -116,11 +117,13 @@ impl Vm {
     /// let vm = Vm::restore(root, &snapshot, VmConfig::new()).await?;
     /// # Ok(()) }
     /// ```
-    pub async fn restore(root: GuestRoot, from: &Snapshot, config: VmConfig) -> Result<Self, StartError> {
+    pub async fn restore(root: GuestRoot, from: &Snapshot, mut config: VmConfig) -> Result<Self, StartError> {
         let (found, snapshot_of) = (from.origin().clone(), from.clone());
         let (template, identity) = run_blocking(move || {
             let digest = start::root_digest(&root)?;
             snapshot_of.expect_root(&digest)?;
+            let profile = &snapshot_of.state().cpu_profile;
+            config.engine = config.engine.open(Some(profile), || Arc::new(Soft::new()))?.into();
             let template = Template::open(&root, &config, Provenance::known(found))?;
             let identity = Identity::of(&config, &template)?;
             Ok::<_, StartError>((template, identity))
@@ -151,6 +154,6 @@ impl Image {
     /// ```
     pub async fn restore(&self, snapshot: &Snapshot, config: VmConfig) -> Result<Vm, StartError> {
         let root = self.root(&config).await?;
-        Vm::restore(root, snapshot, self.with_engine(config)).await
+        Vm::restore(root, snapshot, self.with_engine(config, Some(snapshot.state().cpu_profile.clone())).await?).await
     }
 }

@@ -60,8 +60,7 @@ impl Template {
     /// Of a guest of `root` as `config` says. Opens the disks; blocking.
     pub(super) fn open(root: &GuestRoot, config: &VmConfig, provenance: Provenance) -> Result<Self, StartError> {
         start::vcpus(config)?;
-        // The one engine that every host has; a better one is chosen here once there is another.
-        let engine = config.engine.clone().unwrap_or_else(|| Arc::new(Soft::new()));
+        let engine = config.engine.open(None, || Arc::new(Soft::new()))?;
         let name = config.hostname.clone().or_else(|| root.hostname.clone());
         Ok(Self {
             engine,

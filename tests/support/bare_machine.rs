@@ -105,7 +105,8 @@ pub(crate) fn set_gate(a: &mut CodeAssembler, vector: u64, handler: CodeLabel) -
     a.mov(qword_ptr(rdi + 8), 0)
 }
 
-fn transport(device_type: u32, config: Vec<u8>, sizes: &[u16], device: DeviceState) -> TransportState {
+/// A device that no driver has met.
+pub(crate) fn transport(device_type: u32, config: Vec<u8>, sizes: &[u16], device: DeviceState) -> TransportState {
     let queue = |size: &u16| QueueState {
         size: *size,
         ready: false,

@@ -17,7 +17,7 @@ use crate::workspace;
 
 /// The targets that run unless some are named; each is a file in `fuzz/fuzz_targets`, a `[[bin]]` there and a folder of seeds.
 const TARGETS: &[&str] =
-    &["frames", "request_json", "control_json", "unpack", "layer", "docker_archive", "manifest", "snapshot"];
+    &["frames", "request_json", "control_json", "unpack", "layer", "docker_archive", "manifest", "snapshot", "virtio"];
 
 /// libFuzzer is C++.
 const PACKAGES: &[&str] = &["g++"];

@@ -111,7 +111,7 @@ impl Image {
     /// # Ok(()) }
     /// ```
     pub async fn bake(&self, config: VmConfig) -> Result<Baked, StartError> {
-        let bakery = Bakery::open(self, self.with_engine(config)).await?;
+        let bakery = Bakery::open(self, self.with_engine(config, None).await?).await?;
         let snapshot = bakery.snapshot().await?;
         bakery.config.progress.send(ProgressEvent::Baked { image: *self.digest() });
         Ok(Baked { snapshot, template: bakery.template, config: bakery.config, _image: bakery.image })

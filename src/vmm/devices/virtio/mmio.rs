@@ -26,6 +26,7 @@ use super::TransportState;
 use super::VirtioDevice;
 use super::state::require;
 use super::worker::Shared;
+use super::worker::Work;
 use super::worker::Worker;
 use crate::hv::IrqLine;
 use crate::mem::GuestRam;
@@ -90,7 +91,46 @@ pub struct Transport {
     offered_word: u32,
     accepted_word: u32,
     selected: u32,
-    queues: Vec<Queue>,
+    queues: Vec<QueueSetup>,
+}
+
+/// A queue as the driver describes it. What no queue can be is kept as it was written, and found out when the driver
+/// starts the device: one that passed over it would work on rings that are not where the driver has put them.
+#[derive(Debug)]
+struct QueueSetup {
+    max_size: u16,
+    /// Without positions.
+    set: QueueState,
+}
+
+impl QueueSetup {
+    fn new(max_size: u16) -> Self {
+        let set = QueueState {
+            size: max_size,
+            ready: false,
+            descriptors: 0,
+            driver: 0,
+            device: 0,
+            next_avail: 0,
+            next_used: 0,
+        };
+        Self { max_size, set }
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        let set = &mut self.set;
+        match offset {
+            // No queue has size zero.
+            register::QUEUE_NUM => set.size = u16::try_from(value).unwrap_or(0),
+            register::QUEUE_DESC_LOW => set_low(&mut set.descriptors, value),
+            register::QUEUE_DESC_HIGH => set_high(&mut set.descriptors, value),
+            register::QUEUE_DRIVER_LOW => set_low(&mut set.driver, value),
+            register::QUEUE_DRIVER_HIGH => set_high(&mut set.driver, value),
+            register::QUEUE_DEVICE_LOW => set_low(&mut set.device, value),
+            register::QUEUE_DEVICE_HIGH => set_high(&mut set.device, value),
+            _ => {}
+        }
+    }
 }
 
 impl Transport {
@@ -106,7 +146,19 @@ impl Transport {
         irq: Arc<dyn IrqLine>,
         doorbell: Arc<Doorbell>,
     ) -> io::Result<(Self, Worker)> {
-        let queues = new_queues(device.queue_sizes())?;
+        let (transport, work) = Self::new(device, ram, irq, doorbell);
+        Ok((transport, Worker::spawn(name.to_owned(), work)?))
+    }
+
+    /// The same without a thread: whoever has the [`Work`] does it, a step at a time, and needs no doorbell to know when.
+    #[must_use]
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        ram: Arc<GuestRam>,
+        irq: Arc<dyn IrqLine>,
+        doorbell: Arc<Doorbell>,
+    ) -> (Self, Work) {
+        let queues = device.queue_sizes().iter().map(|size| QueueSetup::new(*size)).collect();
         let transport = Self {
             device_type: device.device_type(),
             offered: device.features() | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX,
@@ -120,8 +172,8 @@ impl Transport {
             selected: 0,
             queues,
         };
-        let worker = Worker::spawn(name.to_owned(), Arc::clone(&transport.shared))?;
-        Ok((transport, worker))
+        let work = Work::new(Arc::clone(&transport.shared));
+        (transport, work)
     }
 
     fn read_register(&self, offset: u64) -> u32 {
@@ -132,8 +184,8 @@ impl Transport {
             register::DEVICE_ID => self.device_type,
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => word(self.offered, self.offered_word),
-            register::QUEUE_NUM_MAX => queue.map_or(0, |queue| u32::from(queue.max_size())),
-            register::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.ready())),
+            register::QUEUE_NUM_MAX => queue.map_or(0, |queue| u32::from(queue.max_size)),
+            register::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.set.ready)),
             register::INTERRUPT_STATUS => self.shared.interrupt.status(),
             register::STATUS if self.shared.needs_reset() => self.status | status::NEEDS_RESET,
             register::STATUS => self.status,
@@ -164,8 +216,8 @@ impl Transport {
             return;
         }
         match self.accepted_word {
-            0 => self.accepted = self.accepted & !0xffff_ffff | u64::from(value),
-            1 => self.accepted = self.accepted & 0xffff_ffff | u64::from(value) << 32,
+            0 => set_low(&mut self.accepted, value),
+            1 => set_high(&mut self.accepted, value),
             _ => {}
         }
     }
@@ -174,21 +226,9 @@ impl Transport {
         let ready_to = self.status & status::DRIVER != 0 && self.status & status::DRIVER_OK == 0;
         let Some(queue) = self.queues.get_mut(self.selected as usize).filter(|_| ready_to) else { return };
         if offset == register::QUEUE_READY {
-            queue.set_ready(value == 1);
-        }
-        if queue.ready() {
-            return;
-        }
-        match offset {
-            // Sizes and addresses that virtio forbids are ignored by the queue, and caught when it is validated.
-            register::QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
-            register::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-            register::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
-            register::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),
-            register::QUEUE_DRIVER_HIGH => queue.set_avail_ring_address(None, Some(value)),
-            register::QUEUE_DEVICE_LOW => queue.set_used_ring_address(Some(value), None),
-            register::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
-            _ => {}
+            queue.set.ready = value == 1;
+        } else if !queue.set.ready {
+            queue.write(offset, value);
         }
     }
 
@@ -215,20 +255,32 @@ impl Transport {
     }
 
     fn activate(&mut self) {
-        let memory = self.shared.ram.memory();
         // Our devices use every queue they have, and so do their drivers.
-        if !self.queues.iter().all(|queue| queue.is_valid(memory)) {
-            tracing::warn!(device = self.device_type, "the driver started a virtio device with unusable queues");
-            return self.shared.fail();
+        let queues: Option<Vec<_>> =
+            self.queues.iter().map(|queue| self.device_queue(queue.max_size, &queue.set)).collect();
+        match queues {
+            Some(queues) => self.shared.activate(queues),
+            None => {
+                self.shared.complain(self.device_type, &"started with unusable queues");
+                self.shared.fail();
+            }
         }
-        let active = self.queues.iter().filter_map(|configured| self.device_queue(configured.state()));
-        self.shared.activate(active.collect());
     }
 
-    /// The device's end of a queue.
-    fn device_queue(&self, state: virtio_queue::QueueState) -> Option<DeviceQueue> {
-        let mut queue = Queue::try_from(state).ok()?;
-        queue.set_event_idx(self.accepted & F_EVENT_IDX != 0);
+    /// The device's end of a queue; `None` when there can be none, or none in this guest's memory.
+    fn device_queue(&self, max_size: u16, set: &QueueState) -> Option<DeviceQueue> {
+        let queue = Queue::try_from(virtio_queue::QueueState {
+            max_size,
+            next_avail: set.next_avail,
+            next_used: set.next_used,
+            event_idx_enabled: self.accepted & F_EVENT_IDX != 0,
+            size: set.size,
+            ready: set.ready,
+            desc_table: set.descriptors,
+            avail_ring: set.driver,
+            used_ring: set.device,
+        });
+        let queue = queue.ok().filter(|queue| queue.is_valid(self.shared.ram.memory()))?;
         Some(DeviceQueue::new(queue, Arc::clone(&self.shared.interrupt)))
     }
 
@@ -237,17 +289,9 @@ impl Transport {
     pub fn save(&self) -> TransportState {
         let (positions, device) = self.shared.save();
         let position = |n: usize| positions.as_ref().and_then(|all| all.get(n)).copied().unwrap_or_default();
-        let queue = |(n, queue): (usize, &Queue)| {
-            let ((next_avail, next_used), state) = (position(n), queue.state());
-            QueueState {
-                size: state.size,
-                ready: state.ready,
-                descriptors: state.desc_table,
-                driver: state.avail_ring,
-                device: state.used_ring,
-                next_avail,
-                next_used,
-            }
+        let queue = |(n, queue): (usize, &QueueSetup)| {
+            let (next_avail, next_used) = position(n);
+            QueueState { next_avail, next_used, ..queue.set }
         };
         TransportState {
             device_type: self.device_type,
@@ -277,8 +321,7 @@ impl Transport {
         (self.offered_word, self.accepted_word) = (state.offered_word, state.accepted_word);
         self.selected = state.selected;
         for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
-            let unpositioned = QueueState { next_avail: 0, next_used: 0, ..*saved };
-            *queue = restored_queue(queue.max_size(), &unpositioned)?;
+            queue.set = QueueState { next_avail: 0, next_used: 0, ..*saved };
         }
         let queues = if state.active { Some(self.restored_queues(state)?) } else { None };
         self.shared.restore(queues, state)
@@ -289,11 +332,8 @@ impl Transport {
         let running = status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
         let at_work = state.status & running == running && self.features_agreed() && !state.needs_reset;
         require(at_work, "a device at work whose driver is not")?;
-        let memory = self.shared.ram.memory();
-        let restored = self.queues.iter().zip(&state.queues).map(|(configured, saved)| {
-            require(configured.is_valid(memory), "a queue outside the guest's memory")?;
-            let queue = restored_queue(configured.max_size(), saved)?;
-            self.device_queue(queue.state()).ok_or(UNUSABLE_QUEUE)
+        let restored = self.queues.iter().zip(&state.queues).map(|(queue, saved)| {
+            self.device_queue(queue.max_size, saved).ok_or(Misfit("a queue that no driver can set up"))
         });
         restored.collect()
     }
@@ -305,7 +345,7 @@ impl Transport {
         self.offered_word = 0;
         self.accepted_word = 0;
         self.selected = 0;
-        self.queues.iter_mut().for_each(QueueT::reset);
+        self.queues.iter_mut().for_each(|queue| *queue = QueueSetup::new(queue.max_size));
     }
 }
 
@@ -343,25 +383,12 @@ pub(super) fn read_padded(from: &[u8], offset: u64, data: &mut [u8]) {
     }
 }
 
-const UNUSABLE_QUEUE: Misfit = Misfit("a queue that no driver can set up");
-
-fn restored_queue(max_size: u16, saved: &QueueState) -> Result<Queue, Misfit> {
-    let state = virtio_queue::QueueState {
-        max_size,
-        next_avail: saved.next_avail,
-        next_used: saved.next_used,
-        event_idx_enabled: false,
-        size: saved.size,
-        ready: saved.ready,
-        desc_table: saved.descriptors,
-        avail_ring: saved.driver,
-        used_ring: saved.device,
-    };
-    Queue::try_from(state).map_err(|_| UNUSABLE_QUEUE)
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !0xffff_ffff | u64::from(value);
 }
 
-fn new_queues(sizes: &[u16]) -> io::Result<Vec<Queue>> {
-    sizes.iter().map(|size| Queue::new(*size).map_err(io::Error::other)).collect()
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & 0xffff_ffff | u64::from(value) << 32;
 }
 
 fn word(features: u64, select: u32) -> u32 {

@@ -26,7 +26,7 @@ pub use doorbell::Doorbell;
 pub use queue::{Chain, DeviceQueue, QueueError};
 pub(in crate::vmm) use state::Misfit;
 pub use state::{DeviceState, QueueState, TransportState};
-pub use worker::Worker;
+pub use worker::{Work, Worker};
 
 use std::fmt::Debug;
 use std::sync::Arc;

@@ -1,6 +1,8 @@
 //! Devices behind their registers, driven as a guest's driver would: through RAM and MMIO.
 
 mod balloon;
+mod complaints;
+mod defects;
 mod restore;
 
 use std::io::Write;

@@ -1,6 +1,8 @@
 //! The thread that does a device's work.
 
+use std::fmt::Display;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -31,10 +33,15 @@ pub(super) struct Shared {
     // Held for one `process` at a time, which is bounded: a reset waits at most that long, and after
     // it no thread touches the old queues any more.
     core: Mutex<Core>,
+    /// Whose turn at `core` is next. The worker takes `core` again as soon as it has let go of it, which a driver that
+    /// keeps it busy makes it do for ever; a vCPU that waits here meanwhile gets it first.
+    turn: Mutex<()>,
     pub(super) ram: Arc<GuestRam>,
     pub(super) interrupt: Arc<Interrupt>,
     pub(super) doorbell: Arc<Doorbell>,
     needs_reset: AtomicBool,
+    /// The host was warned of this guest's driver.
+    warned: AtomicBool,
 }
 
 impl Shared {
@@ -45,7 +52,15 @@ impl Shared {
         doorbell: Arc<Doorbell>,
     ) -> Self {
         let core = Mutex::new(Core { device, queues: None });
-        Self { core, ram, interrupt: Arc::new(interrupt), doorbell, needs_reset: AtomicBool::new(false) }
+        Self {
+            core,
+            turn: Mutex::new(()),
+            ram,
+            interrupt: Arc::new(interrupt),
+            doorbell,
+            needs_reset: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn activate(&self, queues: Vec<DeviceQueue>) {
@@ -89,6 +104,16 @@ impl Shared {
         self.stop(&mut self.lock());
     }
 
+    /// Says that the driver did what none may: as a warning the first time, for a driver that goes on like that is not to
+    /// fill the host's logs.
+    pub(super) fn complain(&self, device: u32, what: &dyn Display) {
+        if self.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(device, %what, "virtio device stopped until reset, again");
+        } else {
+            tracing::warn!(device, %what, "virtio device stopped until reset");
+        }
+    }
+
     fn stop(&self, core: &mut Core) {
         core.queues = None;
         // The backend learns at once that nothing will come any more.
@@ -98,6 +123,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -119,11 +145,40 @@ impl Shared {
         match processed {
             Ok(progress) => progress,
             Err(error) => {
-                tracing::warn!(device = device.device_type(), %error, "virtio device stopped until reset");
+                self.complain(device.device_type(), &error);
                 self.stop(&mut core);
                 Progress::Idle
             }
         }
+    }
+}
+
+impl Shared {
+    /// A piece of work in which a panic is a defect of the device's and costs the guest that device, until it resets it.
+    /// The thread lives on, or the machine could not be paused any more.
+    fn step_or_stop(&self) -> Progress {
+        catch_unwind(AssertUnwindSafe(|| self.step())).unwrap_or_else(|_| {
+            tracing::error!("a virtio device panicked, which is a defect in it; stopped until reset");
+            self.fail();
+            Progress::Idle
+        })
+    }
+}
+
+/// What a device has to do, for the one thread that does it.
+#[derive(Debug)]
+pub struct Work {
+    shared: Arc<Shared>,
+}
+
+impl Work {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Does one bounded piece of work; nothing while no driver has set the device up.
+    pub fn step(&self) -> Progress {
+        self.shared.step()
     }
 }
 
@@ -134,7 +189,9 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub(super) fn spawn(name: String, shared: Arc<Shared>) -> io::Result<Self> {
+    /// Starts a thread under `name` that does `work` whenever the doorbell of its device rings.
+    pub(super) fn spawn(name: String, work: Work) -> io::Result<Self> {
+        let shared = work.shared;
         let doorbell = Arc::clone(&shared.doorbell);
         thread::Builder::new().name(name).spawn(move || {
             loop {
@@ -142,7 +199,7 @@ impl Worker {
                 if shared.doorbell.wait(deadline) == Wake::Closed {
                     return;
                 }
-                while shared.step() == Progress::More {
+                while shared.step_or_stop() == Progress::More {
                     if shared.doorbell.interrupts() {
                         // For when it may go on.
                         shared.doorbell.ring();
