@@ -14,6 +14,7 @@ use crate::outcome::{self, Outcome, Processor};
 use crate::rng::Rng;
 use crate::sequence::{Builder, Sequence, Start};
 use crate::soft::SoftProcessor;
+use crate::system;
 
 /// Instructions compared by default: what a change has to pass.
 const COUNT: u64 = 10_000_000;
@@ -69,11 +70,7 @@ pub(crate) fn main() -> ExitCode {
     };
     let wanted = |form: &Form| args.filters.is_empty() || args.filters.iter().any(|filter| form.matches(filter));
     let forms: Vec<Form> = forms::all().into_iter().filter(wanted).collect();
-    if forms.is_empty() {
-        println!("silicon: no form matches {:?}", args.filters);
-        return ExitCode::SUCCESS;
-    }
-    match SoftProcessor::new().and_then(|soft| Comparison::new(native, soft, args).all(forms)) {
+    match both_modes(native, args, forms) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(failed) => {
             eprintln!("silicon: {failed} forms differ");
@@ -84,6 +81,14 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// User mode, then kernel mode; how many forms and kinds differ.
+fn both_modes(native: Native, args: Args, forms: Vec<Form>) -> Result<usize, String> {
+    let (seed, filters) = (args.seed, args.filters.clone());
+    let mut comparison = Comparison::new(native, SoftProcessor::new()?, args);
+    let differ = if forms.is_empty() { 0 } else { comparison.all(forms)? };
+    Ok(differ + system::compare(&mut comparison.native, seed, &filters)?)
 }
 
 /// How one processor ended: its outcome, or what it could not do.
@@ -107,7 +112,7 @@ impl Comparison {
     }
 
     /// Runs every pass; how many forms differ. `Err` is a fault of the harness or the reference.
-    fn all(mut self, forms: Vec<Form>) -> Result<usize, String> {
+    fn all(&mut self, forms: Vec<Form>) -> Result<usize, String> {
         let begun = Instant::now();
         println!("silicon: {} forms, seed {}", forms.len(), self.args.seed);
         self.faithful()?;

@@ -94,11 +94,13 @@ pub(crate) fn build(ram: &GuestRam) {
         put(ram, GDT + index as u64 * 8, descriptor);
     }
     put(ram, TSS + 4, KERNEL_STACK_TOP);
+    // IST1, which all gates use: a program at privilege level 0 may have any stack pointer.
+    put(ram, TSS + 36, KERNEL_STACK_TOP);
     ram.store(TSS + 102, 0x68u16).expect("the TSS lies in RAM");
     for vector in 0..256 {
         let handler = HANDLERS + vector * 16;
-        // 64-bit interrupt gate with DPL 3.
-        put(ram, IDT + vector * 16, handler & 0xffff | KERNEL_CS << 16 | 0xee << 40 | (handler >> 16) << 48);
+        // 64-bit interrupt gate with IST1 and DPL 3.
+        put(ram, IDT + vector * 16, handler & 0xffff | KERNEL_CS << 16 | 1 << 32 | 0xee << 40 | (handler >> 16) << 48);
         put(ram, IDT + vector * 16 + 8, 0);
         // out vector, al; hlt; jmp $-2
         ram.store(handler, u64::from_le_bytes([0xe6, vector as u8, 0xf4, 0xeb, 0xfd, 0xcc, 0xcc, 0xcc]))

@@ -19,9 +19,9 @@ const XSTATE_X87_SSE: u32 = 3;
 #[derive(Debug)]
 pub(crate) struct Native {
     // Dropped in this order: the machine before the memory it maps.
-    vcpu: VcpuFd,
+    pub(crate) vcpu: VcpuFd,
     _vm: VmFd,
-    ram: GuestRam,
+    pub(crate) ram: GuestRam,
     user: kvm_sregs,
 }
 

@@ -10,7 +10,7 @@ use crate::rng::Rng;
 use crate::sequence::{Sequence, Start};
 
 /// RF: set in the frame of a fault, by some processors in that of a trap.
-const RF: u64 = 1 << 16;
+pub(crate) const RF: u64 = 1 << 16;
 
 /// The state in which a sequence ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub(crate) fn run(processor: &mut dyn Processor, sequence: &Sequence, start: &St
 }
 
 /// Writes the code, and memory's content.
-fn prepare(ram: &GuestRam, sequence: &Sequence, start: &Start) {
+pub(crate) fn prepare(ram: &GuestRam, sequence: &Sequence, start: &Start) {
     let code = sequence.bytes.iter().copied().chain(std::iter::repeat_n(0xcc, 80));
     for (offset, byte) in (machine::CODE..).zip(code) {
         ram.store(offset, byte).expect("code lies in RAM");

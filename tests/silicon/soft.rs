@@ -14,6 +14,7 @@ use kiln::units::{Bytes, GuestAddr, VcpuId};
 use crate::machine;
 use crate::outcome::{Processor, Stopped};
 use crate::sequence::Start;
+use crate::system::System;
 
 const NO_PORT: u32 = u32::MAX;
 
@@ -86,6 +87,24 @@ impl Processor for SoftProcessor {
         let vector = u8::try_from(port).map_err(|_| "kicked without an out".to_owned())?;
         let state = self.vcpu.save().map_err(text)?;
         Ok(Stopped { vector, gpr: state.gpr, cr2: state.cr2, fpu: state.fpu })
+    }
+}
+
+impl System for SoftProcessor {
+    fn memory(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    fn run_system(&mut self, state: &VcpuState) -> Result<Option<(u16, VcpuState)>, String> {
+        self.vcpu.restore(state).map_err(text)?;
+        self.last.store(NO_PORT, Ordering::Relaxed);
+        match self.vcpu.run().map_err(text)? {
+            Exit::Kicked => {}
+            other => return Err(format!("unexpected exit {other:?}")),
+        }
+        let port = self.last.load(Ordering::Relaxed);
+        let port = u16::try_from(port).map_err(|_| "kicked without an out".to_owned())?;
+        Ok(Some((port, self.vcpu.save().map_err(text)?)))
     }
 }
 
