@@ -89,6 +89,15 @@ pub(crate) fn report(title: &str, subject: &Sample, yardsticks: &[Sample]) {
     }
 }
 
+/// As [`report`], also where the yardstick could not be measured.
+pub(crate) fn report_or_alone(title: &str, subject: &Sample, yardstick: Sample) {
+    if yardstick.times.is_empty() {
+        report_tail(&format!("{title} (no yardstick here: {})", yardstick.name), &[subject]);
+    } else {
+        report(title, subject, &[yardstick]);
+    }
+}
+
 /// Prints a line per subject: median, 99th percentile, fastest, slowest and the number of rounds.
 pub(crate) fn report_tail(title: &str, samples: &[&Sample]) {
     println!("{title}");

@@ -1,0 +1,99 @@
+//! From nothing to a guest's first instruction, and back: a machine with one vCPU and 64 MiB of memory.
+//!
+//! `cargo bench --bench vm_create`. Per engine; the yardstick is the kernel's interface by hand, whose calls are also
+//! listed one by one.
+
+#[path = "../tests/support/bare.rs"]
+mod bare;
+mod engines;
+mod support;
+
+use std::time::Duration;
+use std::time::Instant;
+
+use kiln::hv::Hypervisor;
+
+use crate::bare::Bare;
+use crate::engines::leave;
+use crate::engines::memory;
+use crate::engines::program;
+use crate::support::Sample;
+
+const ROUNDS: usize = 100;
+
+fn main() {
+    let code = program(leave);
+    for (name, engine) in engines::engines() {
+        let mut subject = Sample::new(format!("kiln, {name}"));
+        let mut yardstick = Sample::new(yardstick::NAME);
+        for _ in 0..ROUNDS {
+            subject.add(first_instruction(&*engine, &code));
+            if let Some(time) = yardstick::first_instruction(&code, &mut |_, _| {}) {
+                yardstick.add(time);
+            }
+        }
+        support::report_or_alone("vm_create, to the first instruction", &subject, yardstick);
+    }
+    calls(&code);
+    support::note_load();
+}
+
+/// Memory is not counted: it is there before.
+fn first_instruction(engine: &dyn Hypervisor, code: &[u8]) -> Duration {
+    let ram = memory(code);
+    let began = Instant::now();
+    let mut guest = Bare::enter(engine, ram);
+    guest.run().expect("the guest leaves");
+    began.elapsed()
+}
+
+/// Each call to the kernel, in order, with the median of its time.
+fn calls(code: &[u8]) {
+    let mut samples: Vec<Sample> = Vec::new();
+    for _ in 0..ROUNDS {
+        let mut n = 0;
+        let mut step = |call, time| {
+            if n == samples.len() {
+                samples.push(Sample::new(call));
+            }
+            samples[n].add(time);
+            n += 1;
+        };
+        if yardstick::first_instruction(code, &mut step).is_none() {
+            return;
+        }
+    }
+    support::report_tail("calls to the first instruction, by hand", &samples.iter().collect::<Vec<_>>());
+}
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod yardstick {
+    use std::time::Duration;
+    use std::time::Instant;
+
+    use crate::engines::memory;
+    use crate::engines::raw_kvm::RawKvm;
+
+    pub(crate) const NAME: &str = "the kernel's calls";
+
+    pub(crate) fn first_instruction(code: &[u8], step: &mut dyn FnMut(&'static str, Duration)) -> Option<Duration> {
+        let ram = memory(code);
+        let began = Instant::now();
+        let mut machine = RawKvm::new(ram, step).ok()?;
+        let entered = Instant::now();
+        machine.run().ok()?;
+        step("KVM_RUN", entered.elapsed());
+        Some(began.elapsed())
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+mod yardstick {
+    use std::time::Duration;
+
+    pub(crate) const NAME: &str = "none on this host";
+
+    pub(crate) fn first_instruction(_: &[u8], _: &mut dyn FnMut(&'static str, Duration)) -> Option<Duration> {
+        None
+    }
+}
