@@ -141,12 +141,13 @@ pub(crate) fn fresh(code: &[u8]) -> (MachineState, GuestRam) {
 pub(crate) fn fresh_with(programs: &[Vec<u8>]) -> (MachineState, GuestRam) {
     let ram = GuestRam::new(MEMORY).expect("guest memory");
     bare::map_first_gib(&ram);
-    // The gigabyte of the interrupt controllers, one to one.
-    ram.store(0x2000 + 3 * 8, 0xc000_0083u64).expect("in memory");
-    for (id, code) in programs.iter().enumerate() {
-        for (at, byte) in (code_of(id)..).zip(code) {
-            ram.store(at, *byte).expect("code in memory");
-        }
+    // The gigabyte of the interrupt controllers, one to one: in pages of 2 MiB, which every processor has.
+    ram.store(0x2000 + 3 * 8, 0x4003u64).expect("in memory");
+    for page in 0..512 {
+        ram.store(0x4000 + page * 8, 0xc000_0083 | page << 21).expect("in memory");
+    }
+    for (at, byte) in (CODE..).zip(code) {
+        ram.store(at, *byte).expect("code in memory");
     }
     // A code and a data segment, as the initial state's hidden parts have them.
     for (at, descriptor) in [(GDT + 0x10, 0x00af_9b00_0000_ffffu64), (GDT + 0x18, 0x00cf_9300_0000_ffff)] {

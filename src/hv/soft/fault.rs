@@ -81,6 +81,8 @@ pub(super) enum Flow {
     /// To `Cpu::rip`, but something else changed that the run loop must look at first: interrupts
     /// may have become deliverable, or how addresses or instructions are understood has changed.
     Sync,
+    /// To `Cpu::rip`, after as much work as a slice is: it is time for a look at everything, the clock too.
+    Again,
     /// Sleep until an interrupt (HLT); `Cpu::rip` is after it.
     Halt,
 }

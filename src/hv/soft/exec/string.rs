@@ -1,8 +1,8 @@
 //! String instructions and their repetition.
 //!
 //! A repeated instruction commits its registers after every iteration (or host-side copy of many), so a fault in
-//! the middle restarts where it was. One call does a bounded amount of work and then jumps to the
-//! instruction itself, so that interrupts get in, as they do on silicon.
+//! the middle restarts where it was. One call does a bounded amount of work and then leaves to the run loop to come back
+//! to it, so that kicks and interrupts get in, as they do on silicon.
 
 use iced_x86::{CodeSize, Instruction, OpKind};
 
@@ -15,8 +15,11 @@ use crate::units::PAGE_SIZE;
 
 use super::mask;
 
-/// How many bytes one call moves at most.
+/// How many bytes one call moves at most...
 const BYTES_A_CALL: u64 = 64 << 10;
+/// ...and what it counts for at least when the host does not copy many at once: an element may be a device's, which takes
+/// the time of hundreds of bytes.
+const LEAST_BYTES: u64 = 64;
 
 /// What all string instructions have in common.
 struct Form {
@@ -131,7 +134,7 @@ fn repeat(
         return Ok(Flow::Next);
     }
     // Single stepping stops after every iteration.
-    let mut room = if cpu.system_flags & flags::TF != 0 { 1 } else { BYTES_A_CALL / form.size };
+    let mut room = if cpu.system_flags & flags::TF != 0 { form.size } else { BYTES_A_CALL };
     loop {
         let count = cpu.regs[slot::RCX] & mask(form.address_bits);
         if count == 0 {
@@ -139,11 +142,11 @@ fn repeat(
         }
         if room == 0 {
             cpu.rip = cpu.rip.wrapping_sub(insn.len() as u64);
-            return Ok(Flow::Jump);
+            return Ok(Flow::Again);
         }
-        let done = work(cpu, form, count.min(room))?;
+        let done = work(cpu, form, count.min((room / form.size).max(1)))?;
         cpu.set_low(slot::RCX, form.address_bits, count - done);
-        room -= done;
+        room = room.saturating_sub((done * form.size).max(LEAST_BYTES));
         let ended = match until {
             Until::CountOut => false,
             Until::NotEqual => !cpu.flags.zf(),

@@ -260,10 +260,10 @@ fn after(cpu: &mut Cpu, op: &Op, flow: Flow, rest: &[Op], arena: &[Op]) -> Leave
         Flow::Next => next!(cpu, rest, arena),
         Flow::Jump => {
             let target = cpu.rip;
-            // A repeated string instruction comes back to itself: never for free.
             branch::jump(cpu, target, op.block_length().max(1), arena)
         }
         Flow::Sync => Leave::Sync,
+        Flow::Again => Leave::Budget,
         Flow::Halt => Leave::Halt,
     }
 }
@@ -278,6 +278,7 @@ pub(super) fn crossing(cpu: &mut Cpu, op: &Op, _rest: &[Op], arena: &[Op]) -> Le
             branch::jump(cpu, target, 1, arena)
         }
         Ok(Flow::Halt) => Leave::Halt,
+        Ok(Flow::Again) => Leave::Budget,
         Ok(_) => Leave::Sync,
         Err(stop) => {
             cpu.stop = stop;
