@@ -146,8 +146,10 @@ pub(crate) fn fresh_with(programs: &[Vec<u8>]) -> (MachineState, GuestRam) {
     for page in 0..512 {
         ram.store(0x4000 + page * 8, 0xc000_0083 | page << 21).expect("in memory");
     }
-    for (at, byte) in (CODE..).zip(code) {
-        ram.store(at, *byte).expect("code in memory");
+    for (id, code) in programs.iter().enumerate() {
+        for (at, byte) in (code_of(id)..).zip(code) {
+            ram.store(at, *byte).expect("code in memory");
+        }
     }
     // A code and a data segment, as the initial state's hidden parts have them.
     for (at, descriptor) in [(GDT + 0x10, 0x00af_9b00_0000_ffffu64), (GDT + 0x18, 0x00cf_9300_0000_ffff)] {

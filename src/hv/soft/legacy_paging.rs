@@ -42,17 +42,18 @@ impl Rights {
 }
 
 impl Cpu {
-    /// Translates a 32-bit linear address outside long mode.
-    pub(super) fn walk_legacy(&mut self, va: u64, access: Access, user: bool) -> Result<Walk, Stop> {
+    /// Translates a 32-bit linear address outside long mode; `None` when an entry has changed before its bits were set.
+    pub(super) fn try_walk_legacy(&mut self, va: u64, access: Access, user: bool) -> Result<Option<Walk>, Stop> {
         let va = va & 0xffff_ffff;
         if self.control.cr0 & cr0::PG == 0 {
-            return Ok(Walk { gpa: va, writable: true, executable: true, dirty: true, global: false, size: PAGE_SIZE });
+            let all = Walk { gpa: va, writable: true, executable: true, dirty: true, global: false, size: PAGE_SIZE };
+            return Ok(Some(all));
         }
         if self.control.cr4 & cr4::PAE != 0 { self.walk_pae(va, access, user) } else { self.walk_32(va, access, user) }
     }
 
     /// 32-bit paging: two levels of 4-byte entries.
-    fn walk_32(&mut self, va: u64, access: Access, user: bool) -> Result<Walk, Stop> {
+    fn walk_32(&mut self, va: u64, access: Access, user: bool) -> Result<Option<Walk>, Stop> {
         let reserved = || self.paging_fault(va, access, user, fault::PF_RESERVED | fault::PF_PRESENT);
         let entry = |at: u64| -> Result<Entry, Stop> {
             let offset = self.ram.offset_of(GuestAddr(at));
@@ -75,7 +76,7 @@ impl Cpu {
     }
 
     /// PAE paging: four pointers, then two levels of 8-byte entries.
-    fn walk_pae(&mut self, va: u64, access: Access, user: bool) -> Result<Walk, Stop> {
+    fn walk_pae(&mut self, va: u64, access: Access, user: bool) -> Result<Option<Walk>, Stop> {
         let nxe = self.control.efer & efer::NXE != 0;
         let never = RESERVED | 0x7ff0_0000_0000_0000 | if nxe { 0 } else { NO_EXECUTE };
         let reserved = || self.paging_fault(va, access, user, fault::PF_RESERVED | fault::PF_PRESENT);
@@ -115,7 +116,7 @@ impl Cpu {
         path: &[Entry],
         shift: u32,
         address: u64,
-    ) -> Result<Walk, Stop> {
+    ) -> Result<Option<Walk>, Stop> {
         let writable = rights.writable || (!user && self.control.cr0 & cr0::WP == 0);
         let allowed = (rights.user || !user)
             && match access {
@@ -130,29 +131,27 @@ impl Cpu {
         let dirty = access == Access::Write || leaf & DIRTY != 0;
         for (step, entry) in path.iter().enumerate() {
             let set = ACCESSED | if step == 0 && dirty { DIRTY } else { 0 };
-            if entry.value & set != set {
-                self.mark_entry::<BYTES>(*entry, set);
+            if entry.value & set != set && !self.mark_entry::<BYTES>(*entry, set) {
+                return Ok(None);
             }
         }
         let within = (1u64 << shift) - 1;
-        Ok(Walk {
+        Ok(Some(Walk {
             gpa: leaf & address & !within | va & within,
             writable,
             executable: !rights.no_execute,
             dirty,
             global: leaf & GLOBAL != 0 && self.control.cr4 & cr4::PGE != 0,
             size: 1 << shift,
-        })
+        }))
     }
 
-    fn mark_entry<const BYTES: u64>(&mut self, entry: Entry, set: u64) {
-        let Some(offset) = self.ram.offset_of(GuestAddr(entry.at)) else { return };
-        self.note_ram_write(offset, BYTES);
-        // The entry was just read from there.
-        let _ = if BYTES == 4 {
-            self.ram.store(offset, (entry.value | set) as u32)
+    /// Sets bits of an entry that was just read, unless it is another one now.
+    fn mark_entry<const BYTES: u64>(&mut self, Entry { at, value }: Entry, set: u64) -> bool {
+        if BYTES == 4 {
+            self.set_paging_entry(at, value as u32, (value | set) as u32)
         } else {
-            self.ram.store(offset, entry.value | set)
-        };
+            self.set_paging_entry(at, value, value | set)
+        }
     }
 }

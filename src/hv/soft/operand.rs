@@ -135,7 +135,7 @@ impl Cpu {
     /// Replaces the integer in memory by what `new` makes of it, as one access, and returns what was there: LOCK. `new` may
     /// be called several times, and only the last call counts.
     pub(super) fn update_operand(&mut self, insn: &Instruction, mut new: impl FnMut(u64) -> u64) -> Result<u64, Stop> {
-        let at = self.linear_address(insn);
+        let at = self.linear_address(insn, u64::from(memory_bits(insn) / 8), Access::Write)?;
         let old = match memory_bits(insn) {
             8 => self.update::<u8>(at, |old| new(old.into()) as u8).map(u64::from),
             16 => self.update::<u16>(at, |old| new(old.into()) as u16).map(u64::from),

@@ -89,7 +89,7 @@ pub(super) fn cmpxchg(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
 
 /// Replaces what is in memory by `new` if it is `expected`, and returns what was there.
 fn exchange_pair<T: Scalar>(cpu: &mut Cpu, insn: &Instruction, expected: u128, new: u128) -> Result<u128, Stop> {
-    let at = cpu.linear_address(insn);
+    let at = cpu.linear_address(insn, T::SIZE, Access::Write)?;
     let old = cpu.update::<T>(at, |old| if old.widen() == expected { T::narrow(new) } else { old });
     old.map(T::widen).map_err(|stop| segment_fault(insn, stop))
 }
