@@ -126,6 +126,8 @@ pub(super) struct Cpu {
     pub(super) rip: u64,
     /// The last instruction was an STI or MOV SS: take no interrupt before the next one is done.
     pub(super) interrupt_shadow: bool,
+    /// The running instruction ends in a single-step trap.
+    pub(super) single_step: bool,
     /// A non-maskable interrupt is being handled: the next one waits for IRET.
     pub(super) nmi_masked: bool,
     pub(super) control: Control,

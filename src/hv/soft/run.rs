@@ -108,6 +108,7 @@ impl SoftVcpu {
         match outcome {
             Ok(Leave::Halt) => self.activity = Activity::Halted,
             Ok(Leave::Budget) => self.slice = 0,
+            Ok(Leave::Sync) => self.cpu.sharing.serialise(),
             Ok(_) => {}
             Err(stop) => return self.stopped(stop),
         }

@@ -75,8 +75,8 @@ impl Cpu {
         let insn = decode(bits, &bytes[..len], at % PAGE_SIZE).map_err(|too_short| match (too_short, beyond) {
             (true, Some(stop)) => stop,
             // Longer than 15 bytes is #GP, anything else undefined is #UD.
-            (true, None) => Exception::general_protection(0).into(),
-            (false, _) => Stop::Fault(Exception::INVALID_OPCODE),
+            _ if is_too_long(bits, &bytes[..len]) => Exception::general_protection(0).into(),
+            _ => Stop::Fault(Exception::INVALID_OPCODE),
         })?;
         let Some(execute) = exec::executor(&insn) else {
             return Err(Exception::INVALID_OPCODE.into());
@@ -125,6 +125,21 @@ impl Cpu {
 /// A decoder of 64-bit code that begins at `offset` in their page.
 pub(super) fn decoder(bytes: &[u8], offset: u64) -> Decoder<'_> {
     Decoder::with_ip(64, bytes, offset, DecoderOptions::AMD)
+}
+
+/// Whether bytes that are no instruction begin one of more than 15 bytes: such a one has a prefix too many, and without it
+/// would be one or begin one. The decoder calls both undefined, but looks at all of them only then.
+fn is_too_long(bits: u32, bytes: &[u8]) -> bool {
+    const LOCK: u8 = 0xf0;
+    let Ok(mut bytes) = <[u8; MAX_LENGTH]>::try_from(bytes) else { return false };
+    if Decoder::with_ip(bits, &bytes, 0, DecoderOptions::AMD).decode().len() < MAX_LENGTH {
+        return false;
+    }
+    // LOCK is not one too many: it may be what makes the rest undefined.
+    if bytes[0] == LOCK {
+        bytes.swap(0, 1);
+    }
+    !matches!(decode(bits, &bytes[1..], 0), Err(false))
 }
 
 /// Decodes one instruction of `bits`-bit code at `offset` in its page; the error is whether more bytes were wanted.

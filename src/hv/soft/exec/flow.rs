@@ -146,6 +146,8 @@ pub(super) fn int(cpu: &mut Cpu, insn: &Instruction) -> Result<Flow, Stop> {
         _ => (insn.immediate8(), Source::Software),
     };
     cpu.enter_gate(vector, None, source)?;
+    // They clear TF, and what comes next is not traced (SDM 19.3.1.4).
+    cpu.single_step = false;
     Ok(Flow::Sync)
 }
 
@@ -170,6 +172,8 @@ pub(super) fn syscall(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
     cpu.regs[slot::R11] = rflags & !flags::RF;
     cpu.rip = cpu.msrs.lstar;
     cpu.set_rflags(rflags & !cpu.msrs.sfmask & !flags::RF);
+    // Masked, it does not trap before the handler's first instruction.
+    cpu.single_step &= cpu.system_flags & flags::TF != 0;
     let selector = (cpu.msrs.star >> 32) as u16 & !3;
     cpu.segments[seg::CS] = flat_code(selector, 0, true);
     cpu.segments[seg::SS] = flat_stack(selector.wrapping_add(8), 0);

@@ -69,6 +69,7 @@ impl Cpu {
             sse_ready: false,
             jumps: JumpCache::new(),
             general: GeneralCode::default(),
+            single_step: false,
             budget: 0,
             patch: None,
             miss: Miss { va: 0, size: 0 },

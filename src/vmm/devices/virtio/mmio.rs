@@ -333,7 +333,7 @@ impl Transport {
         let at_work = state.status & running == running && self.features_agreed() && !state.needs_reset;
         require(at_work, "a device at work whose driver is not")?;
         let restored = self.queues.iter().zip(&state.queues).map(|(queue, saved)| {
-            self.device_queue(queue.max_size, saved).ok_or(Misfit("a queue that no driver can set up"))
+            self.device_queue(queue.max_size, saved).ok_or(Misfit("a queue that no driver can set up in this memory"))
         });
         restored.collect()
     }
