@@ -20,7 +20,7 @@ use bare_machine::program;
 use bare_machine::say;
 use bare_machine::set_flag;
 use kiln::hv::soft::Soft;
-use kiln::hv::state::x86_64::Activity;
+use kiln::hv::state::x86_64::{Activity, Delivery, DeliverySource};
 use kiln::hv::{HvError, HvVm, Hypervisor, VmSpec};
 use kiln::mem::GuestRam;
 use kiln::snapshot::{Contents, FORMAT, Kind, Origin, Snapshot, SnapshotError};
@@ -142,7 +142,7 @@ async fn a_snapshot_is_written_whole_and_opens_as_what_it_was() {
     assert_eq!((opened.digest(), opened.state(), opened.kind()), (written.digest(), written.state(), Kind::Full));
     assert_eq!(opened.memory_size(), MEMORY);
     // Page tables, GDT and code: six pages; the rest are holes.
-    assert_eq!(opened.memory_on_disk().expect("its size"), Bytes::kib(4 * 5));
+    assert_eq!(opened.memory_on_disk().expect("its size"), Bytes::kib(4 * 6));
     runs_on(&opened).await;
     // The same again gives the same bytes.
     let (state, ram) = fresh(&code());
@@ -331,8 +331,21 @@ async fn forged_states_are_errors_that_say_what_is_wrong() {
     let forgeries: Vec<(&str, Forgery)> = vec![
         ("processor", state(|s| s.vcpus[0].cr0 = 0)),
         ("processor", state(|s| s.vcpus[0].rip = 1 << 63)),
-        ("nobody has started", state(|s| s.vcpus[0].activity = Activity::WaitsForInit)),
-        ("under way", state(|s| s.vcpus[0].events.nmi_pending = true)),
+        (
+            "nobody has started",
+            state(|s| {
+                s.vcpus[0].activity = Activity::WaitsForInit;
+                s.vcpus[0].events.delivering =
+                    Some(Delivery { vector: 6, error: None, source: DeliverySource::Exception });
+            }),
+        ),
+        (
+            "under way",
+            state(|s| {
+                s.vcpus[0].events.delivering =
+                    Some(Delivery { vector: 77, error: None, source: DeliverySource::Exception });
+            }),
+        ),
         ("processors", state(|s| s.vcpus.clear())),
         ("sizes", state(|s| s.memory = Bytes(4096))),
         ("size", text(size, r#""size":18446744073709551615"#)),
@@ -342,11 +355,24 @@ async fn forged_states_are_errors_that_say_what_is_wrong() {
         ("configuration", device(|d| d.config[0] = 4)),
         ("features", device(|d| d.accepted = u64::MAX)),
         ("number of queues", device(|d| d.queues.clear())),
-        ("queue", device(|d| d.queues[0].size = 257)),
-        ("queue", device(|d| d.queues[0].descriptors = 1)),
+        (
+            "queue",
+            // What a driver may write, but not start with.
+            device(|d| {
+                (d.active, d.status, d.accepted) = (true, 15, 1 << 32);
+                (d.queues[0].ready, d.queues[0].size) = (true, 257);
+            }),
+        ),
+        (
+            "queue",
+            device(|d| {
+                (d.active, d.status, d.accepted) = (true, 15, 1 << 32);
+                (d.queues[0].ready, d.queues[0].descriptors) = (true, 1);
+            }),
+        ),
         ("driver is not", device(|d| d.active = true)),
         (
-            "outside",
+            "in this memory",
             device(|d| {
                 (d.active, d.status, d.accepted) = (true, 15, 1 << 32);
                 (d.queues[0].ready, d.queues[0].descriptors) = (true, MEMORY.0 - 16);
