@@ -11,11 +11,13 @@ use bare_machine::MEMORY;
 use bare_machine::await_flag;
 use bare_machine::copy;
 use bare_machine::enable_x2apic;
+use bare_machine::fresh;
 use bare_machine::fresh_with;
 use bare_machine::heard;
 use bare_machine::program;
 use bare_machine::program_of;
 use bare_machine::resumed;
+use bare_machine::resumed_on;
 use bare_machine::say;
 use bare_machine::set_flag;
 use bare_machine::set_gate;
@@ -24,10 +26,12 @@ use bare_machine::start_with;
 use bare_machine::write_msr;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use kiln::hv::Hypervisor;
+use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
 use kiln::hv::state::x86_64::Activity;
 use kiln::units::Bytes;
-use kiln::vmm::{GiveBackError, MachineEnd, MachineState, PauseError, RestoreError, SaveError};
+use kiln::vmm::{GiveBackError, Machine, MachineEnd, MachineState, PauseError, RestoreError, SaveError};
 
 const RBX: usize = 3;
 const R12: usize = 12;
@@ -293,6 +297,14 @@ fn timer_program(arm: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) 
 
 const SECOND: u64 = 1_000_000_000;
 
+/// A guest of the soft engine, whatever is chosen: it counts on a counter of 1 GHz, or on a pulse that a masked
+/// level-triggered pin keeps.
+async fn start_on_soft(code: &[u8]) -> Machine {
+    let (mut state, ram) = fresh(code);
+    state.cpu_profile = Soft::new().cpu_profile().to_owned();
+    resumed_on(&Soft::new(), &state, ram).await
+}
+
 #[tokio::test]
 async fn a_timer_that_is_armed_across_a_save_fires() {
     let one_shot = timer_program(|a| {
@@ -310,7 +322,7 @@ async fn a_timer_that_is_armed_across_a_save_fires() {
         a.wrmsr()
     });
     for code in [one_shot, deadline] {
-        let mut machine = start(&code).await;
+        let mut machine = start_on_soft(&code).await;
         heard(&machine, "a").await;
         machine.pause().await.expect("pauses");
         let mut state = machine.save().await.expect("saves");
@@ -324,7 +336,7 @@ async fn a_timer_that_is_armed_across_a_save_fires() {
         vcpu_state.lapic.timer_left_ns = Some(left - passed);
         let ram = copy(&machine);
         drop(machine);
-        let mut again = resumed(&state, ram).await;
+        let mut again = resumed_on(&Soft::new(), &state, ram).await;
         heard(&again, "t!").await;
         let end = at_the_end(&mut again).await;
         let took = vcpu(&end).gpr[R13] - vcpu(&end).gpr[R12];
@@ -357,7 +369,7 @@ async fn a_pause_is_no_time_to_the_guest() {
         a.je(top)?;
         say(a, DONE)
     });
-    let mut machine = start(&code).await;
+    let mut machine = start_on_soft(&code).await;
     machine.pause().await.expect("pauses");
     let before = machine.save().await.expect("saves");
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -450,7 +462,7 @@ async fn interrupts_that_are_pending_in_the_controllers_arrive_after_a_restore()
         a.cli()?;
         say(a, DONE)
     });
-    let mut machine = start(&code).await;
+    let mut machine = start_on_soft(&code).await;
     heard(&machine, "p").await;
     machine.pause().await.expect("pauses");
     let state = machine.save().await.expect("saves");
@@ -458,7 +470,7 @@ async fn interrupts_that_are_pending_in_the_controllers_arrive_after_a_restore()
     assert_eq!(state.irqchip.ioapic.requests, 1 << 4, "the serial port's line asks");
     let ram = copy(&machine);
     drop(machine);
-    let again = resumed(&state, ram).await;
+    let again = resumed_on(&Soft::new(), &state, ram).await;
     set_flag(&again);
     heard(&again, "!").await;
     let said = again.console().text();

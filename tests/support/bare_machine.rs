@@ -12,6 +12,7 @@ use std::io::Write;
 use futures::future::Either;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use kiln::hv::Hypervisor;
 use kiln::hv::state::IrqChipState;
 use kiln::mem::GuestRam;
 use kiln::units::Bytes;
@@ -199,7 +200,12 @@ pub(crate) async fn start_with(programs: &[Vec<u8>]) -> Machine {
 
 /// A machine that goes on from `state`.
 pub(crate) async fn resumed(state: &MachineState, ram: GuestRam) -> Machine {
-    let mut machine = Machine::restore(engine().as_ref(), state, ram, &[]).await.expect("a valid state");
+    resumed_on(engine().as_ref(), state, ram).await
+}
+
+/// A machine that goes on from `state` under `engine`.
+pub(crate) async fn resumed_on(engine: &dyn Hypervisor, state: &MachineState, ram: GuestRam) -> Machine {
+    let mut machine = Machine::restore(engine, state, ram, &[]).await.expect("a valid state");
     machine.resume();
     machine
 }
