@@ -7,6 +7,9 @@ use std::env;
 use std::env::VarError;
 use std::sync::Arc;
 
+use kiln::engine::Engine;
+use kiln::engine::EngineFacts;
+use kiln::engine::obstacles;
 use kiln::hv::HvError;
 use kiln::hv::Hypervisor;
 use kiln::hv::soft::Soft;
@@ -21,9 +24,10 @@ const VARIABLE: &str = "KILN_TEST_ENGINE";
 /// nothing about it.
 pub fn engine() -> Arc<dyn Hypervisor> {
     match env::var(VARIABLE).as_deref() {
-        // What the library takes when a program names none is the software engine too.
-        Err(VarError::NotPresent) | Ok("soft" | "auto") => Arc::new(Soft::new()),
-        Ok("kvm") => {
+        Err(VarError::NotPresent) | Ok("soft") => Arc::new(Soft::new()),
+        // As the library chooses when a program names none.
+        Ok("auto") if !obstacles(Engine::Kvm, EngineFacts::of_this_process()).is_empty() => Arc::new(Soft::new()),
+        Ok("kvm" | "auto") => {
             kvm().unwrap_or_else(|error| panic!("{VARIABLE} asks for kvm, which is not usable here: {error:?}"))
         }
         other => panic!("{VARIABLE} asks for {other:?}, and there are soft, kvm and auto"),
