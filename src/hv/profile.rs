@@ -26,8 +26,8 @@ const MAX_BASIC: u32 = 0x16;
 const MAX_HYPERVISOR: u32 = 0x4000_0010;
 const MAX_EXTENDED: u32 = 0x8000_0008;
 
-/// Family 6, model 15, stepping 1.
-const SIGNATURE: u32 = 0x0000_06f1;
+/// Family 6, model 15, stepping 1: leaf 1, and EDX after reset.
+pub(crate) const SIGNATURE: u32 = 0x0000_06f1;
 const BRAND: &[u8; 48] = b"kiln software processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 const CACHE_LINE: u32 = 64;

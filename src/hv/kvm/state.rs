@@ -13,6 +13,7 @@ use kvm_bindings::{
 use super::lapic::Page;
 use crate::hv::HvError;
 use crate::hv::state::VcpuState;
+use crate::hv::state::check::{check, require};
 use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource, Events, Fpu, Lapic, Msrs, Segment, Table};
 
 /// MSRs that are restored by writing them, in the order of [`msr_values`]; the time's are not among them.
@@ -161,53 +162,15 @@ impl Native {
     }
 }
 
+/// What the kernel would take and the processor then refuse, or change without a word.
 fn validate(state: &VcpuState) -> Result<(), &'static str> {
-    const PE: u64 = 1 << 0;
-    const NW: u64 = 1 << 29;
-    const CD: u64 = 1 << 30;
-    const PG: u64 = 1 << 31;
-    const LME: u64 = 1 << 8;
-    const LMA: u64 = 1 << 10;
-    let require = |holds: bool, what| if holds { Ok(()) } else { Err(what) };
-    let msrs = &state.msrs;
-    require(state.cr0 >> 32 == 0, "CR0 wider than 32 bits")?;
-    require(state.cr0 & (PG | PE) != PG && state.cr0 & (NW | CD) != NW, "CR0 contradicting itself")?;
-    require(state.cr8 <= 15, "CR8 above 15")?;
-    // Bits 3, 5 and 15 read as zero, and all above ID.
-    require(state.rflags & 2 != 0 && state.rflags & !0x3f_7fd7 == 0, "RFLAGS with reserved bits")?;
-    require(state.dr[4] >> 32 == 0 && state.dr[5] >> 32 == 0, "DR6 or DR7 wider than 32 bits")?;
-    let addresses = [
-        state.rip,
-        state.gdtr.base,
-        state.idtr.base,
-        state.ldtr.base,
-        state.tr.base,
-        state.segments[4].base,
-        state.segments[5].base,
-        msrs.lstar,
-        msrs.cstar,
-        msrs.kernel_gs_base,
-        msrs.sysenter_esp,
-        msrs.sysenter_eip,
-    ];
-    require(addresses.into_iter().all(is_canonical), "an address is not canonical")?;
-    let segments = || state.segments.iter().chain([&state.ldtr, &state.tr]);
     const VM: u64 = 1 << 17;
-    require(msrs.efer & LMA == 0 || state.rflags & VM == 0, "virtual 8086 mode in long mode")?;
-    const EFER: u64 = 1 << 0 | LME | LMA | 1 << 11;
-    require(msrs.efer & !EFER == 0, "EFER with bits this processor does not have")?;
-    let long = [msrs.efer & LMA != 0, msrs.efer & LME != 0 && state.cr0 & PG != 0];
-    require(long[0] == long[1], "EFER contradicting CR0")?;
-    require(segments().all(|s| s.attributes & 0x0f00 == 0), "segment attributes with limit bits")?;
+    const LMA: u64 = 1 << 10;
+    check(state)?;
+    require(state.msrs.efer & LMA == 0 || state.rflags & VM == 0, "virtual 8086 mode in long mode")?;
     require(state.segments[1].attributes & 0x6000 != 0x6000, "CS of 64 and of 32 bits")?;
-    require(msrs.sfmask >> 32 == 0 && msrs.tsc_aux >> 32 == 0, "an MSR wider than 32 bits")?;
-    require(msrs.kvm_wall_clock & 3 == 0, "a wall clock that is not aligned")?;
-    require(msrs.pat.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7)), "PAT names no memory type")?;
+    require(state.msrs.kvm_wall_clock & 3 == 0, "a wall clock that is not aligned")?;
     require(state.fpu.mxcsr >> 16 == 0, "MXCSR with reserved bits")
-}
-
-const fn is_canonical(address: u64) -> bool {
-    (((address << 16) as i64) >> 16) as u64 == address
 }
 
 fn from_segment(from: &kvm_segment) -> Segment {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::hv::IoHandler;
+pub(super) use crate::hv::state::check::is_canonical;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
 
@@ -237,12 +238,6 @@ pub(super) fn stack_fault(stop: Stop) -> Stop {
         Stop::Fault(e) if e == Exception::general_protection(0) => Stop::Fault(Exception::stack(0)),
         other => other,
     }
-}
-
-/// Whether a linear address is canonical with 48 bits.
-#[inline(always)]
-pub(super) const fn is_canonical(address: u64) -> bool {
-    (((address << 16) as i64) >> 16) as u64 == address
 }
 
 impl Cpu {

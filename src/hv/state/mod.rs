@@ -1,5 +1,6 @@
 //! Engine-neutral state of processors and interrupt controllers: plain data, the same under every engine.
 
+pub(in crate::hv) mod check;
 pub mod irqchip;
 pub mod x86_64;
 

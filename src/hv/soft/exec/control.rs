@@ -7,6 +7,7 @@ use crate::hv::soft::cpu::{Cpu, cr0, cr4, efer, is_canonical, seg, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
 use crate::hv::soft::flags;
 use crate::hv::soft::operand::segment_number;
+use crate::hv::state::check::is_valid_cr0;
 
 use super::{Executor, mask};
 
@@ -24,12 +25,6 @@ const CR3_RESERVED: u64 = !mask(40);
 
 fn gp0() -> Stop {
     Exception::general_protection(0).into()
-}
-
-/// Whether a CR0 value contradicts itself (SDM 2.5).
-pub(super) fn is_valid_cr0(value: u64) -> bool {
-    let without = |bit: u64, needed: u64| value & bit != 0 && value & needed == 0;
-    value >> 32 == 0 && !without(cr0::PG, cr0::PE) && !without(cr0::NW, cr0::CD)
 }
 
 pub(super) fn is_valid_cr3(value: u64) -> bool {

@@ -4,6 +4,7 @@ use iced_x86::Instruction;
 
 use crate::hv::soft::cpu::{Cpu, cr0, efer, is_canonical, slot};
 use crate::hv::soft::fault::{Exception, Flow, Stop};
+use crate::hv::state::check::is_valid_pat;
 use crate::units::GuestAddr;
 
 use super::mask;
@@ -35,11 +36,6 @@ const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 const EFER_WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE;
 /// Fast strings, and branch trace storage and precise event sampling unavailable.
 const MISC_ENABLE: u64 = 1 << 0 | 1 << 11 | 1 << 12;
-
-/// Whether each byte of a PAT names a memory type.
-pub(super) fn is_valid_pat(value: u64) -> bool {
-    value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7))
-}
 
 pub(super) fn rdmsr(cpu: &mut Cpu, _: &Instruction) -> Result<Flow, Stop> {
     cpu.require_cpl0()?;

@@ -16,6 +16,7 @@ use crate::hv::soft::fpu::FpuState;
 use crate::hv::soft::peers::Sharing;
 use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
+use crate::hv::profile::SIGNATURE;
 use crate::hv::state::VcpuState;
 use crate::hv::state::x86_64::{Activity, Events, Msrs, Segment, Table};
 use crate::hv::{HvError, IoHandler};
@@ -26,9 +27,6 @@ use super::validate::validate;
 /// PAT, DR6 and DR7 after reset.
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const DR_RESET: [u64; 6] = [0, 0, 0, 0, 0xffff_0ff0, 0x400];
-
-/// Family, model and stepping, which reset leaves in EDX.
-const SIGNATURE: u32 = 0x0000_06f1;
 
 impl Cpu {
     /// A processor after reset.

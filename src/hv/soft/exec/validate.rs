@@ -1,14 +1,12 @@
 //! Which saved states a processor can be in.
 
-use crate::hv::soft::cpu::{cr0, cr4, efer, is_canonical, seg};
+use crate::hv::soft::cpu::{cr0, efer, seg};
 use crate::hv::soft::flags;
 use crate::hv::state::VcpuState;
+use crate::hv::state::check::{check, require};
 use crate::hv::state::x86_64::{Activity, Delivery, DeliverySource};
 
-use super::control::{is_valid_cr0, is_valid_cr3, is_valid_cr4};
-use super::msr::is_valid_pat;
-
-const EFER_KNOWN: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+use super::control::{is_valid_cr3, is_valid_cr4};
 
 /// In a segment's type: code; of data, that it grows down. And what a segment register in use has beside it: S and P.
 const CODE: u16 = 1 << 3;
@@ -20,69 +18,31 @@ const DEFAULT_32: u16 = 1 << 14;
 /// A segment's privilege level.
 const DPL: u16 = 3 << 5;
 
-fn require(holds: bool, what: &'static str) -> Result<(), &'static str> {
-    if holds { Ok(()) } else { Err(what) }
-}
-
 /// What is wrong with a state, if anything is.
 pub(super) fn validate(state: &VcpuState) -> Result<(), &'static str> {
+    check(state)?;
     mode(state)?;
-    addresses(state)?;
-    events(state)?;
-    let msrs = &state.msrs;
-    require(state.cr8 <= 15, "CR8 above 15")?;
-    let segments = state.segments.iter().chain([&state.ldtr, &state.tr]);
-    require(segments.into_iter().all(|s| s.attributes & 0x0f00 == 0), "segment attributes with limit bits")?;
-    require(is_valid_pat(msrs.pat), "PAT names no memory type")?;
-    require(state.rflags & 2 != 0 && state.rflags >> 22 == 0, "RFLAGS with reserved bits")?;
-    require(state.dr[4] >> 32 == 0 && state.dr[5] >> 32 == 0, "DR6 or DR7 wider than 32 bits")?;
-    require(msrs.sfmask >> 32 == 0 && msrs.tsc_aux >> 32 == 0, "an MSR wider than 32 bits")
+    events(state)
 }
 
-/// Control registers, EFER, and the code and stack segments say the same (Intel SDM volume 3A, 2.5, 11.8.5, 22.1).
+/// Control registers are this processor's, and the code and stack segments suit the mode (Intel SDM volume 3A, 2.5, 22.1).
 fn mode(state: &VcpuState) -> Result<(), &'static str> {
-    let efer = state.msrs.efer;
-    require(is_valid_cr0(state.cr0), "CR0 contradicts itself")?;
     require(is_valid_cr3(state.cr3), "CR3 past the physical address width")?;
     require(is_valid_cr4(state.cr4), "CR4 with bits this processor does not have")?;
-    require(efer & !EFER_KNOWN == 0, "EFER with bits this processor does not have")?;
-    let (long, paging) = (efer & efer::LMA != 0, state.cr0 & cr0::PG != 0);
-    require(long == (paging && efer & efer::LME != 0), "EFER.LMA is not what EFER.LME and CR0.PG make it")?;
-    require(!long || state.cr4 & cr4::PAE != 0, "long mode without CR4.PAE")?;
     require(state.rflags & flags::VM == 0, "virtual-8086 mode")?;
     let (code, stack) = (state.segments[seg::CS].attributes, state.segments[seg::SS].attributes);
     require(code & (CODE | EXPAND_DOWN) != EXPAND_DOWN, "CS is a segment that grows down")?;
+    let long_code = state.msrs.efer & efer::LMA != 0 && code & LONG != 0;
+    require(long_code || state.rip >> 32 == 0, "RIP past 32 bits outside 64-bit mode")?;
     if state.cr0 & cr0::PE == 0 {
         return require(stack & DPL == 0, "real mode at a level of privilege");
     }
     // Until its first far jump, protected mode has the code segment of real mode, which may be of a data type.
     require(code & IN_USE == IN_USE, "CS is not a present code segment")?;
-    if long && code & LONG != 0 {
+    if long_code {
         require(code & (CODE | DEFAULT_32) == CODE, "CS is not a 64-bit code segment")?;
     }
     Ok(())
-}
-
-/// Addresses are canonical, and of 32 bits where code is.
-fn addresses(state: &VcpuState) -> Result<(), &'static str> {
-    let msrs = &state.msrs;
-    let addresses = [
-        state.rip,
-        state.gdtr.base,
-        state.idtr.base,
-        state.ldtr.base,
-        state.tr.base,
-        state.segments[seg::FS].base,
-        state.segments[seg::GS].base,
-        msrs.lstar,
-        msrs.cstar,
-        msrs.kernel_gs_base,
-        msrs.sysenter_esp,
-        msrs.sysenter_eip,
-    ];
-    require(addresses.into_iter().all(is_canonical), "an address is not canonical")?;
-    let long_code = msrs.efer & efer::LMA != 0 && state.segments[seg::CS].attributes & LONG != 0;
-    require(long_code || state.rip >> 32 == 0, "RIP past 32 bits outside 64-bit mode")
 }
 
 /// What a processor waits for agrees with what it was told (SDM 9.4, 7.3 to 7.7).
