@@ -3,6 +3,7 @@
 //! How soon is a promise, 100 ms from the request to the end. The host of a test can be as busy as it likes, so each
 //! guest has some attempts and the fastest counts.
 
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ mod bare;
 mod bare_machine;
 
 use bare_machine::SERIAL;
+use bare_machine::engine::kvm;
 use bare_machine::fresh;
 use bare_machine::program;
 use bare_machine::say;
@@ -32,14 +34,10 @@ type Build = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
 /// The engines of this host; says why one is not here.
 #[allow(clippy::print_stderr, reason = "what was not run is to be seen")]
-fn engines(test: &str) -> Vec<Box<dyn Hypervisor>> {
-    let mut engines: Vec<Box<dyn Hypervisor>> = vec![Box::new(Soft::new())];
-    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    match kiln::hv::kvm::Kvm::new() {
-        Ok(kvm) => engines.push(Box::new(kvm)),
-        Err(error) => eprintln!("{test}: not run under kvm: {error}"),
-    }
-    engines
+fn engines(test: &str) -> Vec<Arc<dyn Hypervisor>> {
+    let soft: Arc<dyn Hypervisor> = Arc::new(Soft::new());
+    let kvm = kvm().inspect_err(|error| eprintln!("{test}: not run under kvm: {error}"));
+    std::iter::once(soft).chain(kvm).collect()
 }
 
 async fn start(engine: &dyn Hypervisor, build: Build) -> Machine {

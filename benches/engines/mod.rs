@@ -4,6 +4,9 @@
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub(crate) mod raw_kvm;
 
+#[path = "../../tests/support/engine.rs"]
+mod engine;
+
 use std::num::NonZeroU8;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -20,8 +23,6 @@ use kiln::hv::Hypervisor;
 use kiln::hv::IoHandler;
 use kiln::hv::Kick;
 use kiln::hv::VmSpec;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-use kiln::hv::kvm::Kvm;
 use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
 use kiln::mem::GuestRam;
@@ -47,13 +48,8 @@ const GDT: u64 = 0xa000;
 /// The engines that run here, by name; says why one does not.
 pub(crate) fn engines() -> Vec<(&'static str, Arc<dyn Hypervisor>)> {
     let soft: Arc<dyn Hypervisor> = Arc::new(Soft::new());
-    let mut engines = vec![("soft", soft)];
-    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    match Kvm::new() {
-        Ok(kvm) => engines.push(("kvm", Arc::new(kvm))),
-        Err(error) => crate::support::note(&format!("kvm: not measured: {error}")),
-    }
-    engines
+    let kvm = engine::kvm().inspect_err(|error| crate::support::note(&format!("kvm: not measured: {error}")));
+    std::iter::once(("soft", soft)).chain(kvm.map(|kvm| ("kvm", kvm))).collect()
 }
 
 /// Assembles a program at [`CODE`].

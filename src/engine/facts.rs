@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn the_probe_is_made_once_and_is_quick() {
+    fn the_probe_is_made_once() {
         let first: *const _ = EngineFacts::of_this_process();
         assert!(std::ptr::eq(first, EngineFacts::of_this_process()));
     }

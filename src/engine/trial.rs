@@ -23,13 +23,8 @@ use crate::hv::IoHandler;
 use crate::hv::Kick;
 use crate::hv::VmSpec;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::Activity;
-use crate::hv::state::x86_64::Events;
-use crate::hv::state::x86_64::Fpu;
-use crate::hv::state::x86_64::Lapic;
 use crate::hv::state::x86_64::Msrs;
 use crate::hv::state::x86_64::Segment;
-use crate::hv::state::x86_64::Table;
 use crate::mem::GuestRam;
 use crate::units::{Bytes, GuestAddr, VcpuId};
 
@@ -205,27 +200,17 @@ fn memory() -> Result<GuestRam, HvError> {
 fn entry() -> VcpuState {
     let code = Segment { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xa09b, unusable: false };
     let data = Segment { selector: 0x18, base: 0, limit: u32::MAX, attributes: 0xc093, unusable: false };
+    let reset = VcpuState::after_reset(0);
     VcpuState {
-        gpr: [0; 16],
         rip: CODE,
-        rflags: 2,
         cr0: 0x8005_0033,
-        cr2: 0,
         cr3: PAGE_TABLES,
         cr4: 0x20,
-        cr8: 0,
-        dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
         segments: [data, code, data, data, data, data],
         ldtr: Segment { unusable: true, ..Segment::default() },
         tr: Segment { limit: 0x67, attributes: 0x8b, ..Segment::default() },
-        gdtr: Table::default(),
-        idtr: Table::default(),
-        msrs: Msrs { efer: 0x500, pat: 0x0007_0406_0007_0406, ..Msrs::default() },
-        fpu: Fpu::default(),
-        lapic: Lapic::default(),
-        interrupt_shadow: false,
-        activity: Activity::Running,
-        events: Events::default(),
+        msrs: Msrs { efer: 0x500, ..reset.msrs },
+        ..reset
     }
 }
 

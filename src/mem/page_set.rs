@@ -39,7 +39,7 @@ impl PageSet {
     }
 
     /// Adds the pages of `extent`, as far as they are RAM.
-    pub(crate) fn add(&mut self, extent: Extent) {
+    pub(super) fn add(&mut self, extent: Extent) {
         for page in extent.offset / PAGE_SIZE..extent.end() / PAGE_SIZE {
             if let Some(word) = self.bits.get_mut((page / 64) as usize) {
                 *word |= 1 << (page % 64);
@@ -66,7 +66,7 @@ impl PageSet {
     }
 
     /// How many pages are in it.
-    pub(crate) fn count(&self) -> u64 {
+    pub(super) fn count(&self) -> u64 {
         self.bits.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 

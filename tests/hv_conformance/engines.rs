@@ -7,6 +7,9 @@ use kiln::hv::HvError;
 use kiln::hv::Hypervisor;
 use kiln::hv::soft::Soft;
 
+#[path = "../support/engine.rs"]
+mod engine;
+
 /// The engine that is always present, and may skip nothing.
 pub(crate) const SOFT: &str = "soft";
 
@@ -28,15 +31,8 @@ pub(crate) fn soft() -> Engine {
     Engine { name: SOFT, hypervisor: Ok(Arc::new(Soft::new())) }
 }
 
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn kvm() -> Engine {
-    let engine = kiln::hv::kvm::Kvm::new().map(|engine| Arc::new(engine) as Arc<dyn Hypervisor>);
-    Engine { name: "kvm", hypervisor: engine.map_err(|error| chain(&error)) }
-}
-
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn kvm() -> Engine {
-    Engine { name: "kvm", hypervisor: Err("KVM is Linux's, and this engine x86-64 only".to_owned()) }
+    Engine { name: "kvm", hypervisor: engine::kvm().map_err(|error| chain(&error)) }
 }
 
 /// An error with what caused it.

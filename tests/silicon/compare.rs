@@ -88,7 +88,7 @@ fn both_modes(native: Native, args: Args, forms: Vec<Form>) -> Result<usize, Str
     let (seed, filters) = (args.seed, args.filters.clone());
     let mut comparison = Comparison::new(native, SoftProcessor::new()?, args);
     let differ = if forms.is_empty() { 0 } else { comparison.all(forms)? };
-    Ok(differ + system::compare(&mut comparison.native, seed, &filters)?)
+    Ok(differ + system::compare(seed, &filters)?)
 }
 
 /// How one processor ended: its outcome, or what it could not do.

@@ -25,8 +25,6 @@ mod machine;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod native;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod native_system;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod operands;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod outcome;

@@ -19,9 +19,9 @@ const XSTATE_X87_SSE: u32 = 3;
 #[derive(Debug)]
 pub(crate) struct Native {
     // Dropped in this order: the machine before the memory it maps.
-    pub(crate) vcpu: VcpuFd,
+    vcpu: VcpuFd,
     _vm: VmFd,
-    pub(crate) ram: GuestRam,
+    ram: GuestRam,
     user: kvm_sregs,
 }
 

@@ -1,4 +1,4 @@
-//! The processor under test, through the hypervisor seam.
+//! Processors through the hypervisor seam: the one under test, and in kernel mode the reference too.
 
 use std::num::NonZeroU8;
 use std::sync::Arc;
@@ -6,15 +6,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
-use kiln::hv::state::x86_64::{Activity, Segment, Table};
-use kiln::hv::{Exit, Hypervisor, IoHandler, Kick, Vcpu, VmSpec};
+use kiln::hv::state::x86_64::{Segment, Table};
+use kiln::hv::{Exit, HvError, Hypervisor, IoHandler, Kick, Vcpu, VmSpec};
 use kiln::mem::GuestRam;
 use kiln::units::{Bytes, GuestAddr, VcpuId};
 
 use crate::machine;
 use crate::outcome::{Processor, Stopped};
 use crate::sequence::Start;
-use crate::system::System;
 
 const NO_PORT: u32 = u32::MAX;
 
@@ -42,69 +41,75 @@ impl IoHandler for Ports {
     }
 }
 
-/// A virtual machine of the soft engine with one vCPU.
+/// A virtual machine of an engine with one vCPU.
 #[derive(Debug)]
-pub(crate) struct SoftProcessor {
+pub(crate) struct Machine {
     vcpu: Box<dyn Vcpu>,
     ram: Arc<GuestRam>,
     last: Arc<AtomicU32>,
-    user: VcpuState,
 }
 
-impl SoftProcessor {
-    pub(crate) fn new() -> Result<Self, String> {
+impl Machine {
+    pub(crate) fn new(engine: &dyn Hypervisor) -> Result<Self, String> {
         let ram = Arc::new(GuestRam::new(Bytes(machine::RAM_BYTES)).map_err(|error| error.to_string())?);
         machine::build(&ram);
-        let vm = Soft::new().create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, Arc::clone(&ram)).map_err(text)?;
+        let vm = engine.create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, Arc::clone(&ram)).map_err(text)?;
         let seed = vm.create_vcpu(VcpuId(0)).map_err(text)?;
         let last = Arc::new(AtomicU32::new(NO_PORT));
         let ports = Ports { last: Arc::clone(&last), kicker: seed.kicker() };
-        let mut vcpu = seed.bind(Box::new(ports)).map_err(text)?;
-        let user = user_mode(vcpu.save().map_err(text)?);
-        Ok(Self { vcpu, ram, last, user })
+        let vcpu = seed.bind(Box::new(ports)).map_err(text)?;
+        Ok(Self { vcpu, ram, last })
     }
-}
 
-fn text(error: kiln::hv::HvError) -> String {
-    error.to_string()
-}
-
-impl Processor for SoftProcessor {
-    fn ram(&self) -> &GuestRam {
+    pub(crate) fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    fn run(&mut self, start: &Start) -> Result<Stopped, String> {
-        let mut state = self.user.clone();
-        (state.gpr, state.rflags, state.fpu) = (start.gpr, start.rflags, start.fpu);
-        self.vcpu.restore(&state).map_err(text)?;
-        self.last.store(NO_PORT, Ordering::Relaxed);
-        match self.vcpu.run().map_err(text)? {
-            Exit::Kicked => {}
-            other => return Err(format!("unexpected exit {other:?}")),
-        }
-        let port = self.last.load(Ordering::Relaxed);
-        let vector = u8::try_from(port).map_err(|_| "kicked without an out".to_owned())?;
-        let state = self.vcpu.save().map_err(text)?;
-        Ok(Stopped { vector, gpr: state.gpr, cr2: state.cr2, fpu: state.fpu })
-    }
-}
-
-impl System for SoftProcessor {
-    fn memory(&self) -> &GuestRam {
-        &self.ram
-    }
-
-    fn run_system(&mut self, state: &VcpuState) -> Result<Option<(u16, VcpuState)>, String> {
+    /// Runs from `state` until an `out`; its port, and the state then. `None` when the engine lacks something of the
+    /// program.
+    pub(crate) fn run(&mut self, state: &VcpuState) -> Result<Option<(u16, VcpuState)>, String> {
         self.vcpu.restore(state).map_err(text)?;
         self.last.store(NO_PORT, Ordering::Relaxed);
-        match self.vcpu.run().map_err(text)? {
-            Exit::Kicked => {}
+        match self.vcpu.run() {
+            Ok(Exit::Kicked) => {}
+            // Also an emulator that cannot deliver an exception gives up in this way.
+            Ok(Exit::Shutdown) | Err(HvError::Unimplemented { .. }) => return Ok(None),
             other => return Err(format!("unexpected exit {other:?}")),
         }
         let port = self.last.load(Ordering::Relaxed);
         let port = u16::try_from(port).map_err(|_| "kicked without an out".to_owned())?;
         Ok(Some((port, self.vcpu.save().map_err(text)?)))
+    }
+}
+
+/// The soft engine's processor in user mode.
+#[derive(Debug)]
+pub(crate) struct SoftProcessor {
+    machine: Machine,
+    user: VcpuState,
+}
+
+impl SoftProcessor {
+    pub(crate) fn new() -> Result<Self, String> {
+        Ok(Self { machine: Machine::new(&Soft::new())?, user: user_mode(VcpuState::after_reset(0)) })
+    }
+}
+
+fn text(error: HvError) -> String {
+    error.to_string()
+}
+
+impl Processor for SoftProcessor {
+    fn ram(&self) -> &GuestRam {
+        self.machine.ram()
+    }
+
+    fn run(&mut self, start: &Start) -> Result<Stopped, String> {
+        let mut state = self.user.clone();
+        (state.gpr, state.rflags, state.fpu) = (start.gpr, start.rflags, start.fpu);
+        let (port, state) = self.machine.run(&state)?.ok_or("the engine lacks an instruction")?;
+        let vector = u8::try_from(port).map_err(|_| format!("an out to port {port:#x}"))?;
+        Ok(Stopped { vector, gpr: state.gpr, cr2: state.cr2, fpu: state.fpu })
     }
 }
 
@@ -130,6 +135,5 @@ fn user_mode(reset: VcpuState) -> VcpuState {
     (state.cr0, state.cr2, state.cr3, state.cr4) = (machine::CR0, 0, machine::PML4, machine::CR4);
     state.msrs.efer = machine::EFER;
     state.rip = machine::CODE;
-    (state.activity, state.interrupt_shadow) = (Activity::Running, false);
     state
 }

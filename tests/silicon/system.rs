@@ -1,32 +1,24 @@
-//! The pass over kernel mode: programs of system instructions on both processors, and their whole state compared.
+//! The pass over kernel mode: programs of system instructions under both engines, and their whole state compared.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use kiln::hv::kvm::Kvm;
+use kiln::hv::soft::Soft;
 use kiln::hv::state::VcpuState;
-use kiln::hv::state::x86_64::{Activity, Events, Fpu, Lapic, Msrs, Segment, Table};
+use kiln::hv::state::x86_64::{Activity, Fpu, Lapic, Msrs, Segment, Table};
 use kiln::mem::GuestRam;
 use serde_json::Value;
 
 use crate::kernel::{self, TEMPLATES, Template};
 use crate::machine;
-use crate::native::Native;
 use crate::outcome;
 use crate::rng::Rng;
 use crate::sequence::{Sequence, Start};
-use crate::soft::SoftProcessor;
+use crate::soft::Machine;
 
 /// Programs of each kind.
 const EACH: u64 = 300;
-
-/// A processor that can be started in any state.
-pub(crate) trait System {
-    fn memory(&self) -> &GuestRam;
-
-    /// Runs from `state` until an `out`; its port, and the state then. `None` when the processor is an emulator that
-    /// lacks an instruction of the program.
-    fn run_system(&mut self, state: &VcpuState) -> Result<Option<(u16, VcpuState)>, String>;
-}
 
 /// What became of the programs of one kind.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,9 +29,17 @@ struct Tally {
 }
 
 /// Compares `each` programs of every kind that `wanted` names; how many kinds differ.
-pub(crate) fn compare(native: &mut Native, seed: u64, wanted: &[String]) -> Result<usize, String> {
-    let mut soft = SoftProcessor::new()?;
-    let emulated = is_emulated(native)?;
+pub(crate) fn compare(seed: u64, wanted: &[String]) -> Result<usize, String> {
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(why) => {
+            println!("silicon: kernel mode: not run: {why}");
+            return Ok(0);
+        }
+    };
+    let mut native = Machine::new(&kvm)?;
+    let mut soft = Machine::new(&Soft::new())?;
+    let emulated = is_emulated(&mut native)?;
     if emulated {
         println!("silicon: kernel mode is emulated on this host: #UD and emulation failures are what it lacks");
     }
@@ -51,7 +51,7 @@ pub(crate) fn compare(native: &mut Native, seed: u64, wanted: &[String]) -> Resu
         let mut tally = Tally::default();
         for round in 0..EACH {
             let mut rng = Rng::new(seed << 40 | (index as u64) << 16 | round);
-            program(native, &mut soft, template, &mut rng, emulated, &mut tally)?;
+            program(&mut native, &mut soft, template, &mut rng, emulated, &mut tally)?;
             if tally.differing == 3 {
                 break;
             }
@@ -67,8 +67,8 @@ pub(crate) fn compare(native: &mut Native, seed: u64, wanted: &[String]) -> Resu
 }
 
 fn program(
-    native: &mut Native,
-    soft: &mut SoftProcessor,
+    native: &mut Machine,
+    soft: &mut Machine,
     template: &Template,
     rng: &mut Rng,
     emulated: bool,
@@ -84,7 +84,7 @@ fn program(
     let ours = match run(soft, &sequence, &start) {
         Ok(ours) => ours.ok_or_else(|| "the engine lacks an instruction".to_owned()),
         Err(error) => {
-            *soft = SoftProcessor::new()?;
+            *soft = Machine::new(&Soft::new())?;
             Err(error)
         }
     };
@@ -95,7 +95,7 @@ fn program(
     }
     tally.compared += 1;
     let text = match &ours {
-        Ok(ours) => differences(&reference, ours) + &memory(native.memory(), soft.memory()),
+        Ok(ours) => differences(&reference, ours) + &memory(native.ram(), soft.ram()),
         Err(error) => format!("    soft: {error}\n"),
     };
     if !text.is_empty() {
@@ -115,10 +115,10 @@ struct KernelEnd {
     state: VcpuState,
 }
 
-fn run(processor: &mut impl System, sequence: &Sequence, start: &Start) -> Result<Option<KernelEnd>, String> {
-    machine::build(processor.memory());
-    outcome::prepare(processor.memory(), sequence, start);
-    let Some((port, state)) = processor.run_system(&kernel_mode(start))? else { return Ok(None) };
+fn run(processor: &mut Machine, sequence: &Sequence, start: &Start) -> Result<Option<KernelEnd>, String> {
+    machine::build(processor.ram());
+    outcome::prepare(processor.ram(), sequence, start);
+    let Some((port, state)) = processor.run(&kernel_mode(start))? else { return Ok(None) };
     let mut state = comparable(state);
     if u32::from(port) == kernel::END {
         return Ok(Some(KernelEnd { vector: None, frame: Vec::new(), state }));
@@ -126,7 +126,7 @@ fn run(processor: &mut impl System, sequence: &Sequence, start: &Start) -> Resul
     let vector = u8::try_from(port).map_err(|_| format!("a program ended at port {port:#x}"))?;
     let words = 5 + u64::from(machine::has_error_code(vector));
     let top = machine::KERNEL_STACK_TOP;
-    let word = |index: u64| processor.memory().load::<u64>(top - index * 8).ok_or("a frame outside memory");
+    let word = |index: u64| processor.ram().load::<u64>(top - index * 8).ok_or("a frame outside memory");
     let mut frame = (1..=words).rev().map(word).collect::<Result<Vec<_>, _>>()?;
     if let Some(flags) = frame.iter_mut().rev().nth(2) {
         *flags &= !outcome::RF;
@@ -137,7 +137,7 @@ fn run(processor: &mut impl System, sequence: &Sequence, start: &Start) -> Resul
 }
 
 /// Whether kernel mode is an emulator's: those do not deliver software interrupts in long mode.
-fn is_emulated(native: &mut Native) -> Result<bool, String> {
+fn is_emulated(native: &mut Machine) -> Result<bool, String> {
     let start = Start::random(&mut Rng::new(1), false);
     let int3 = Sequence { bytes: vec![0xcc], starts: vec![0] };
     Ok(run(native, &int3, &start)?.is_none_or(|end| end.vector != Some(3)))
@@ -157,28 +157,22 @@ fn kernel_mode(start: &Start) -> VcpuState {
         attributes: 0x8b,
         unusable: false,
     };
+    let reset = VcpuState::after_reset(0);
     VcpuState {
         gpr: start.gpr,
         rip: machine::CODE,
         // Interrupts off: there is nobody to send one.
         rflags: start.rflags & !0x200,
         cr0: machine::CR0,
-        cr2: 0,
         cr3: machine::PML4,
         cr4: machine::CR4,
-        cr8: 0,
-        dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
         segments: [data(0), segment(0x08, 0, 0xa09b), data(0), data(0), data(machine::FS_BASE), data(machine::GS_BASE)],
         ldtr: Segment { unusable: true, ..Segment::default() },
         tr: task,
         gdtr: Table { base: machine::GDT, limit: machine::GDT_LIMIT },
         idtr: Table { base: machine::IDT, limit: machine::IDT_LIMIT },
-        msrs: Msrs { efer: machine::EFER, pat: 0x0007_0406_0007_0406, ..Msrs::default() },
-        fpu: Fpu::default(),
-        lapic: Lapic::default(),
-        interrupt_shadow: false,
-        activity: Activity::Running,
-        events: Events::default(),
+        msrs: Msrs { efer: machine::EFER, ..reset.msrs },
+        ..reset
     }
 }
 

@@ -5,7 +5,7 @@
 #![allow(dead_code, reason = "each test binary includes this file and uses its part")]
 
 #[path = "engine.rs"]
-mod engine;
+pub(crate) mod engine;
 
 use std::io::Write;
 

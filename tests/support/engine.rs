@@ -34,12 +34,20 @@ pub fn engine() -> Arc<dyn Hypervisor> {
     }
 }
 
+/// The KVM engine.
+///
+/// # Errors
+/// Why this host has none.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn kvm() -> Result<Arc<dyn Hypervisor>, HvError> {
+pub fn kvm() -> Result<Arc<dyn Hypervisor>, HvError> {
     Ok(Arc::new(kiln::hv::kvm::Kvm::new()?))
 }
 
+/// The KVM engine, which is not of this system or processor.
+///
+/// # Errors
+/// Always.
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn kvm() -> Result<Arc<dyn Hypervisor>, HvError> {
+pub fn kvm() -> Result<Arc<dyn Hypervisor>, HvError> {
     Err(HvError::Unsupported("KVM on this host"))
 }

@@ -4,7 +4,6 @@ use super::failed;
 use super::machine::Shared;
 use super::memory::Logging;
 use crate::hv::HvError;
-use crate::mem::Extent;
 use crate::mem::PageSet;
 use crate::units::PAGE_SIZE;
 
@@ -21,7 +20,7 @@ impl Shared {
             let log = self.vm().get_dirty_log(slot, size_in_memory).map_err(failed("KVM_GET_DIRTY_LOG"))?;
             for (n, word) in (0u64..).zip(log).filter(|(_, word)| *word != 0) {
                 for bit in (0..64).filter(|bit| word >> bit & 1 != 0) {
-                    pages.add(Extent { offset: base + (n * 64 + bit) * PAGE_SIZE, len: PAGE_SIZE });
+                    pages.insert(base + (n * 64 + bit) * PAGE_SIZE);
                 }
             }
             base += size.0;

@@ -216,9 +216,7 @@ impl SoftVcpu {
             self.slice -= 1;
             match flow {
                 Flow::Next | Flow::Jump if self.slice > 0 && self.cpu.code_writes.is_empty() => {}
-                Flow::Halt => return Ok(Leave::Halt),
-                Flow::Again => return Ok(Leave::Budget),
-                _ => return Ok(Leave::Sync),
+                flow => return Ok(flow.into()),
             }
         }
     }
@@ -259,8 +257,7 @@ impl SoftVcpu {
         Ok(match flow {
             Flow::Next | Flow::Jump if self.slice <= 0 => Some(Leave::Budget),
             Flow::Next | Flow::Jump if self.cpu.code_writes.is_empty() => None,
-            Flow::Halt => Some(Leave::Halt),
-            _ => Some(Leave::Sync),
+            flow => Some(flow.into()),
         })
     }
 
@@ -293,11 +290,7 @@ impl SoftVcpu {
             self.cpu.dr[4] |= 1 << 14;
             return Err(Stop::Fault(Exception::DEBUG));
         }
-        Ok(match flow {
-            Flow::Halt => Leave::Halt,
-            Flow::Again => Leave::Budget,
-            _ => Leave::Sync,
-        })
+        Ok(flow.into())
     }
 
     /// Delivers what stopped an instruction, or reports what the engine cannot do.

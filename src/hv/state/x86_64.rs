@@ -48,6 +48,57 @@ pub struct VcpuState {
     pub events: Events,
 }
 
+impl VcpuState {
+    /// Processor number `id` after reset (Intel SDM volume 3A, table 10-1). The first one is the boot processor and runs; the
+    /// others wait to be called.
+    ///
+    /// ```
+    /// use kiln::hv::state::VcpuState;
+    /// use kiln::hv::state::x86_64::Activity;
+    ///
+    /// assert_eq!(VcpuState::after_reset(0).rip, 0xfff0);
+    /// assert_eq!(VcpuState::after_reset(1).activity, Activity::WaitsForInit);
+    /// ```
+    #[must_use]
+    pub fn after_reset(id: u8) -> Self {
+        const CACHES_OFF: u64 = 0x6000_0010;
+        const BOOT_PROCESSOR: u64 = 1 << 8;
+        let data = Segment { limit: 0xffff, attributes: 0x93, ..Segment::default() };
+        let table = Table { base: 0, limit: 0xffff };
+        let (boot, lapic) = (id == 0, Lapic::default());
+        let apic_base = if boot { lapic.apic_base } else { lapic.apic_base & !BOOT_PROCESSOR };
+        Self {
+            gpr: [0; 16],
+            rip: 0xfff0,
+            rflags: 1 << 1,
+            cr0: CACHES_OFF,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            cr8: 0,
+            dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
+            segments: [
+                data,
+                Segment { selector: 0xf000, base: 0xffff_0000, attributes: 0x9b, ..data },
+                data,
+                data,
+                data,
+                data,
+            ],
+            ldtr: Segment { attributes: 0x82, ..data },
+            tr: Segment { attributes: 0x8b, ..data },
+            gdtr: table,
+            idtr: table,
+            msrs: Msrs { pat: 0x0007_0406_0007_0406, ..Msrs::default() },
+            fpu: Fpu::default(),
+            lapic: Lapic { id: id.into(), apic_base, ..lapic },
+            interrupt_shadow: false,
+            activity: if boot { Activity::Running } else { Activity::WaitsForInit },
+            events: Events::default(),
+        }
+    }
+}
+
 /// Whether a vCPU executes instructions (Intel SDM volume 3C, 25.4.2, and volume 3A, 9.4 for the last two).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

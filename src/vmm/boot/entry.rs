@@ -5,10 +5,6 @@ use super::BootError;
 use super::layout;
 use super::params::put;
 use crate::hv::state::VcpuState;
-use crate::hv::state::x86_64::Activity;
-use crate::hv::state::x86_64::Events;
-use crate::hv::state::x86_64::Fpu;
-use crate::hv::state::x86_64::Lapic;
 use crate::hv::state::x86_64::Msrs;
 use crate::hv::state::x86_64::Segment;
 use crate::hv::state::x86_64::Table;
@@ -28,9 +24,6 @@ const TSS_ATTRIBUTES: u16 = 0x008b;
 const CR0: u64 = 0x8005_0033;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-const RFLAGS_RESERVED: u64 = 1 << 1;
-/// PAT after reset (Intel SDM volume 3A, 12.12.4).
-const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
 const PRESENT_WRITABLE: u64 = 0b11;
 const LARGE_PAGE: u64 = 1 << 7;
@@ -50,60 +43,21 @@ pub(super) fn prepare(ram: &GuestRam, entry: GuestAddr) -> Result<VcpuState, Boo
     let mut gpr = [0; 16];
     gpr[RSP] = layout::STACK_TOP.0;
     gpr[RSI] = layout::BOOT_PARAMS.0;
+    let reset = VcpuState::after_reset(0);
     Ok(VcpuState {
         gpr,
         rip: entry.0,
-        rflags: RFLAGS_RESERVED,
         cr0: CR0,
-        cr2: 0,
         cr3: layout::PAGE_TABLES.0,
         cr4: CR4_PAE,
-        cr8: 0,
-        dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
         segments: [data, code, data, data, data, data],
         ldtr: Segment { unusable: true, ..Segment::default() },
         tr: Segment { limit: 0x67, attributes: TSS_ATTRIBUTES, ..Segment::default() },
         gdtr: Table { base: layout::GDT.0, limit: (gdt().len() - 1) as u16 },
         idtr: Table { base: 0, limit: 0 },
-        msrs: Msrs { efer: EFER_LME_LMA, pat: PAT_RESET, ..Msrs::default() },
-        fpu: Fpu::default(),
-        lapic: Lapic::default(),
-        interrupt_shadow: false,
-        activity: Activity::Running,
-        events: Events::default(),
+        msrs: Msrs { efer: EFER_LME_LMA, ..reset.msrs },
+        ..reset
     })
-}
-
-/// Processor number `id`, not the first, after reset (Intel SDM volume 3A, table 10-1): it waits to be called.
-pub(super) fn waiting(id: u8) -> VcpuState {
-    const CR0_RESET: u64 = 0x6000_0010;
-    const BOOT_PROCESSOR: u64 = 1 << 8;
-    let data = Segment { limit: 0xffff, attributes: 0x93, ..Segment::default() };
-    let code = Segment { selector: 0xf000, base: 0xffff_0000, attributes: 0x9b, ..data };
-    let table = Table { base: 0, limit: 0xffff };
-    let lapic = Lapic::default();
-    VcpuState {
-        gpr: [0; 16],
-        rip: 0xfff0,
-        rflags: RFLAGS_RESERVED,
-        cr0: CR0_RESET,
-        cr2: 0,
-        cr3: 0,
-        cr4: 0,
-        cr8: 0,
-        dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
-        segments: [data, code, data, data, data, data],
-        ldtr: Segment { attributes: 0x82, ..data },
-        tr: Segment { attributes: TSS_ATTRIBUTES, ..data },
-        gdtr: table,
-        idtr: table,
-        msrs: Msrs { pat: PAT_RESET, ..Msrs::default() },
-        fpu: Fpu::default(),
-        lapic: Lapic { id: id.into(), apic_base: lapic.apic_base & !BOOT_PROCESSOR, ..lapic },
-        interrupt_shadow: false,
-        activity: Activity::WaitsForInit,
-        events: Events::default(),
-    }
 }
 
 fn flat(selector: u16, attributes: u16) -> Segment {

@@ -76,7 +76,7 @@ where
     params::write(ram, spec.cmdline, &spec.rng_seed, ramdisk)?;
     mp_table::write(ram, spec.vcpus.get())?;
     let boot = entry::prepare(ram, kernel.entry)?;
-    Ok(std::iter::once(boot).chain((1..spec.vcpus.get()).map(entry::waiting)).collect())
+    Ok(std::iter::once(boot).chain((1..spec.vcpus.get()).map(VcpuState::after_reset)).collect())
 }
 
 /// As high in low RAM as it goes, on a page boundary, so that the kernel need not move it.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::hv::profile::SIGNATURE;
 use crate::hv::soft::apic::{IoApic, Lapic};
 use crate::hv::soft::clock::Clock;
 use crate::hv::soft::code_image::GeneralCode;
@@ -16,7 +17,6 @@ use crate::hv::soft::fpu::FpuState;
 use crate::hv::soft::peers::Sharing;
 use crate::hv::soft::step::CrossingCache;
 use crate::hv::soft::tlb::Tlb;
-use crate::hv::profile::SIGNATURE;
 use crate::hv::state::VcpuState;
 use crate::hv::state::x86_64::{Activity, Events, Msrs, Segment, Table};
 use crate::hv::{HvError, IoHandler};

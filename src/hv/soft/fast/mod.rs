@@ -47,6 +47,17 @@ pub(super) enum Leave {
     Stopped,
 }
 
+impl From<Flow> for Leave {
+    /// Where the run loop has to look after each instruction.
+    fn from(flow: Flow) -> Self {
+        match flow {
+            Flow::Next | Flow::Jump | Flow::Sync => Self::Sync,
+            Flow::Again => Self::Budget,
+            Flow::Halt => Self::Halt,
+        }
+    }
+}
+
 /// A handler: the processor, its own operation, those after it, and all decoded code.
 pub(super) type Handler = fn(&mut Cpu, &Op, &[Op], &[Op]) -> Leave;
 
@@ -262,9 +273,7 @@ fn after(cpu: &mut Cpu, op: &Op, flow: Flow, rest: &[Op], arena: &[Op]) -> Leave
             let target = cpu.rip;
             branch::jump(cpu, target, op.block_length().max(1), arena)
         }
-        Flow::Sync => Leave::Sync,
-        Flow::Again => Leave::Budget,
-        Flow::Halt => Leave::Halt,
+        flow => flow.into(),
     }
 }
 
@@ -277,9 +286,7 @@ pub(super) fn crossing(cpu: &mut Cpu, op: &Op, _rest: &[Op], arena: &[Op]) -> Le
             let target = cpu.rip;
             branch::jump(cpu, target, 1, arena)
         }
-        Ok(Flow::Halt) => Leave::Halt,
-        Ok(Flow::Again) => Leave::Budget,
-        Ok(_) => Leave::Sync,
+        Ok(flow) => flow.into(),
         Err(stop) => {
             cpu.stop = stop;
             Leave::Stopped
