@@ -75,7 +75,8 @@ fn round(engine: &dyn Hypervisor, code: &[u8]) -> Duration {
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn by_hand(code: &[u8]) -> Option<Duration> {
-    let mut machine = engines::raw_kvm::RawKvm::new(memory(code), &mut |_, _| {}).ok()?;
+    let engine = engines::raw_kvm::RawEngine::new(&mut |_, _| {}).ok()?;
+    let mut machine = engines::raw_kvm::RawKvm::new(&engine, memory(code), &mut |_, _| {}).ok()?;
     let began = Instant::now();
     machine.run().ok()?;
     Some(began.elapsed() / ACCESSES)

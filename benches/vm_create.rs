@@ -11,6 +11,7 @@ mod support;
 use std::time::Duration;
 use std::time::Instant;
 
+use kiln::engine::EngineFacts;
 use kiln::hv::Hypervisor;
 
 use crate::bare::Bare;
@@ -22,13 +23,15 @@ use crate::support::Sample;
 const ROUNDS: usize = 100;
 
 fn main() {
+    probe();
     let code = program(leave);
     for (name, engine) in engines::engines() {
         let mut subject = Sample::new(format!("kiln, {name}"));
         let mut yardstick = Sample::new(yardstick::NAME);
+        let by_hand = yardstick::Engine::open(&mut |_, _| {});
         for _ in 0..ROUNDS {
             subject.add(first_instruction(&*engine, &code));
-            if let Some(time) = yardstick::first_instruction(&code, &mut |_, _| {}) {
+            if let Some(time) = by_hand.as_ref().and_then(|engine| engine.first_instruction(&code, &mut |_, _| {})) {
                 yardstick.add(time);
             }
         }
@@ -36,6 +39,13 @@ fn main() {
     }
     calls(&code);
     support::note_load();
+}
+
+/// What `Engine::Auto` and the doctor ask of the host, once in a process.
+fn probe() {
+    let began = Instant::now();
+    EngineFacts::of_this_process();
+    support::note(&format!("probing the host for engines: {:.1} ms", began.elapsed().as_secs_f64() * 1e3));
 }
 
 /// Memory is not counted: it is there before.
@@ -59,7 +69,8 @@ fn calls(code: &[u8]) {
             samples[n].add(time);
             n += 1;
         };
-        if yardstick::first_instruction(code, &mut step).is_none() {
+        let engine = yardstick::Engine::open(&mut step);
+        if engine.and_then(|engine| engine.first_instruction(code, &mut step)).is_none() {
             return;
         }
     }
@@ -72,18 +83,31 @@ mod yardstick {
     use std::time::Instant;
 
     use crate::engines::memory;
+    use crate::engines::raw_kvm::RawEngine;
     use crate::engines::raw_kvm::RawKvm;
 
     pub(crate) const NAME: &str = "the kernel's calls";
 
-    pub(crate) fn first_instruction(code: &[u8], step: &mut dyn FnMut(&'static str, Duration)) -> Option<Duration> {
-        let ram = memory(code);
-        let began = Instant::now();
-        let mut machine = RawKvm::new(ram, step).ok()?;
-        let entered = Instant::now();
-        machine.run().ok()?;
-        step("KVM_RUN", entered.elapsed());
-        Some(began.elapsed())
+    pub(crate) struct Engine(RawEngine);
+
+    impl Engine {
+        pub(crate) fn open(step: &mut dyn FnMut(&'static str, Duration)) -> Option<Self> {
+            RawEngine::new(step).ok().map(Self)
+        }
+
+        pub(crate) fn first_instruction(
+            &self,
+            code: &[u8],
+            step: &mut dyn FnMut(&'static str, Duration),
+        ) -> Option<Duration> {
+            let ram = memory(code);
+            let began = Instant::now();
+            let mut machine = RawKvm::new(&self.0, ram, step).ok()?;
+            let entered = Instant::now();
+            machine.run().ok()?;
+            step("KVM_RUN", entered.elapsed());
+            Some(began.elapsed())
+        }
     }
 }
 
@@ -93,7 +117,19 @@ mod yardstick {
 
     pub(crate) const NAME: &str = "none on this host";
 
-    pub(crate) fn first_instruction(_: &[u8], _: &mut dyn FnMut(&'static str, Duration)) -> Option<Duration> {
-        None
+    pub(crate) enum Engine {}
+
+    impl Engine {
+        pub(crate) fn open(_: &mut dyn FnMut(&'static str, Duration)) -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn first_instruction(
+            &self,
+            _: &[u8],
+            _: &mut dyn FnMut(&'static str, Duration),
+        ) -> Option<Duration> {
+            match *self {}
+        }
     }
 }

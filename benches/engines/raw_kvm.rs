@@ -5,11 +5,14 @@ use std::time::Duration;
 use std::time::Instant;
 
 use kiln::mem::GuestRam;
+use kvm_bindings::CpuId;
+use kvm_bindings::KVM_CAP_EXIT_ON_EMULATION_FAILURE;
 use kvm_bindings::KVM_IRQ_ROUTING_IRQCHIP;
 use kvm_bindings::KVM_IRQCHIP_IOAPIC;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_bindings::KvmIrqRouting;
 use kvm_bindings::Msrs;
+use kvm_bindings::kvm_enable_cap;
 use kvm_bindings::kvm_irq_routing_entry;
 use kvm_bindings::kvm_msr_entry;
 use kvm_bindings::kvm_regs;
@@ -17,6 +20,9 @@ use kvm_bindings::kvm_segment;
 use kvm_bindings::kvm_sregs;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::Kvm;
+use kvm_ioctls::MsrFilterDefaultAction;
+use kvm_ioctls::MsrFilterRange;
+use kvm_ioctls::MsrFilterRangeFlags;
 use kvm_ioctls::VcpuExit;
 use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
@@ -26,6 +32,42 @@ use vm_memory::GuestMemoryBackend as _;
 use crate::bare::CODE;
 use crate::bare::EXIT_PORT;
 use crate::bare::STACK;
+
+/// What is asked of the kernel once, however many machines are made.
+#[derive(Debug)]
+pub(crate) struct RawEngine {
+    kvm: Kvm,
+    cpuid: CpuId,
+}
+
+impl RawEngine {
+    /// Opens the device; `step` hears of each call to the kernel.
+    pub(crate) fn new(step: &mut dyn FnMut(&'static str, Duration)) -> Result<Self, kvm_ioctls::Error> {
+        let mut took = Laps::new(step);
+        let kvm = Kvm::new()?;
+        took.lap("open /dev/kvm");
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        took.lap("KVM_GET_SUPPORTED_CPUID");
+        Ok(Self { kvm, cpuid })
+    }
+}
+
+/// Times from call to call.
+struct Laps<'a> {
+    step: &'a mut dyn FnMut(&'static str, Duration),
+    began: Instant,
+}
+
+impl<'a> Laps<'a> {
+    fn new(step: &'a mut dyn FnMut(&'static str, Duration)) -> Self {
+        Self { step, began: Instant::now() }
+    }
+
+    fn lap(&mut self, call: &'static str) {
+        (self.step)(call, self.began.elapsed());
+        self.began = Instant::now();
+    }
+}
 
 /// A machine with one vCPU.
 #[derive(Debug)]
@@ -37,17 +79,25 @@ pub(crate) struct RawKvm {
 }
 
 impl RawKvm {
-    /// Makes a machine over `ram`, ready to run; `step` hears of each call to the kernel.
-    pub(crate) fn new(ram: GuestRam, step: &mut dyn FnMut(&'static str, Duration)) -> Result<Self, kvm_ioctls::Error> {
-        let mut began = Instant::now();
-        let mut took = |call| {
-            step(call, began.elapsed());
-            began = Instant::now();
+    /// Makes a machine over `ram`, ready to run, by the calls that kiln's engine makes and in their order; `step` hears of
+    /// each.
+    pub(crate) fn new(
+        engine: &RawEngine,
+        ram: GuestRam,
+        step: &mut dyn FnMut(&'static str, Duration),
+    ) -> Result<Self, kvm_ioctls::Error> {
+        let mut took = Laps::new(step);
+        let vm = engine.kvm.create_vm()?;
+        took.lap("KVM_CREATE_VM");
+        let all = [0xff; 32];
+        let range = MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+            base: 0xc000_0000,
+            msr_count: 256,
+            bitmap: &all,
         };
-        let kvm = Kvm::new()?;
-        took("open /dev/kvm");
-        let vm = kvm.create_vm()?;
-        took("KVM_CREATE_VM");
+        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[range])?;
+        took.lap("KVM_X86_SET_MSR_FILTER");
         let host = ram.memory().get_host_address(GuestAddress(0)).expect("memory begins at zero");
         let region = kvm_userspace_memory_region {
             slot: 0,
@@ -59,32 +109,24 @@ impl RawKvm {
         // SAFETY: the mapping of `ram` is as long as it says from `host` on, and outlives the machine: `RawKvm` drops
         // `_vm` and `vcpu` first.
         unsafe { vm.set_user_memory_region(region) }?;
-        took("KVM_SET_USER_MEMORY_REGION");
+        took.lap("KVM_SET_USER_MEMORY_REGION");
         vm.set_tss_address(0xfffb_d000)?;
-        took("KVM_SET_TSS_ADDR");
+        took.lap("KVM_SET_TSS_ADDR");
+        vm.enable_cap(&kvm_enable_cap {
+            cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+            args: [1, 0, 0, 0],
+            ..Default::default()
+        })?;
+        took.lap("KVM_ENABLE_CAP");
         vm.create_irq_chip()?;
-        took("KVM_CREATE_IRQCHIP");
+        took.lap("KVM_CREATE_IRQCHIP");
         vm.set_gsi_routing(&routing())?;
-        took("KVM_SET_GSI_ROUTING");
+        took.lap("KVM_SET_GSI_ROUTING");
         let vcpu = vm.create_vcpu(0)?;
-        took("KVM_CREATE_VCPU");
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-        took("KVM_GET_SUPPORTED_CPUID");
-        vcpu.set_cpuid2(&cpuid)?;
-        took("KVM_SET_CPUID2");
-        let reset = vcpu.get_sregs()?;
-        took("KVM_GET_SREGS");
-        vcpu.set_sregs(&long_mode(reset))?;
-        took("KVM_SET_SREGS");
-        vcpu.set_regs(&kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() })?;
-        took("KVM_SET_REGS");
-        let pat = kvm_msr_entry { index: 0x277, data: 0x0007_0406_0007_0406, ..Default::default() };
-        vcpu.set_msrs(&Msrs::from_entries(&[pat]).expect("one entry fits"))?;
-        took("KVM_SET_MSRS");
-        let lapic = vcpu.get_lapic()?;
-        took("KVM_GET_LAPIC");
-        vcpu.set_lapic(&lapic)?;
-        took("KVM_SET_LAPIC");
+        took.lap("KVM_CREATE_VCPU");
+        vcpu.set_cpuid2(&engine.cpuid)?;
+        took.lap("KVM_SET_CPUID2");
+        registers(&vcpu, &mut took)?;
         Ok(Self { vcpu, _vm: vm, _ram: ram })
     }
 
@@ -99,6 +141,46 @@ impl RawKvm {
             }
         }
     }
+}
+
+/// Reads all that the kernel keeps of a vCPU, and writes it with the state to begin in.
+fn registers(vcpu: &VcpuFd, took: &mut Laps<'_>) -> Result<(), kvm_ioctls::Error> {
+    let mp = vcpu.get_mp_state()?;
+    took.lap("KVM_GET_MP_STATE");
+    vcpu.get_regs()?;
+    took.lap("KVM_GET_REGS");
+    let sregs = vcpu.get_sregs()?;
+    took.lap("KVM_GET_SREGS");
+    let xsave = vcpu.get_xsave()?;
+    took.lap("KVM_GET_XSAVE");
+    let debug = vcpu.get_debug_regs()?;
+    took.lap("KVM_GET_DEBUGREGS");
+    let lapic = vcpu.get_lapic()?;
+    took.lap("KVM_GET_LAPIC");
+    let pat = kvm_msr_entry { index: 0x277, data: 0x0007_0406_0007_0406, ..Default::default() };
+    let mut msrs = Msrs::from_entries(&[pat; 12]).expect("twelve entries fit");
+    vcpu.get_msrs(&mut msrs)?;
+    took.lap("KVM_GET_MSRS, 12 of them");
+    let events = vcpu.get_vcpu_events()?;
+    took.lap("KVM_GET_VCPU_EVENTS");
+    vcpu.set_mp_state(mp)?;
+    took.lap("KVM_SET_MP_STATE");
+    vcpu.set_regs(&kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() })?;
+    took.lap("KVM_SET_REGS");
+    vcpu.set_sregs(&long_mode(sregs))?;
+    took.lap("KVM_SET_SREGS");
+    // SAFETY: no state component was enabled since the image was read, so it is as large as it was then.
+    unsafe { vcpu.set_xsave(&xsave) }?;
+    took.lap("KVM_SET_XSAVE");
+    vcpu.set_debug_regs(&debug)?;
+    took.lap("KVM_SET_DEBUGREGS");
+    vcpu.set_lapic(&lapic)?;
+    took.lap("KVM_SET_LAPIC");
+    vcpu.set_msrs(&msrs)?;
+    took.lap("KVM_SET_MSRS, 12 of them");
+    vcpu.set_vcpu_events(&events)?;
+    took.lap("KVM_SET_VCPU_EVENTS");
+    Ok(())
 }
 
 fn routing() -> KvmIrqRouting {
