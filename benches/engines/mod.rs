@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each benchmark uses its part")]
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub(crate) mod raw_irq;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub(crate) mod raw_kvm;
 
 #[path = "../../tests/support/engine.rs"]
@@ -79,6 +81,15 @@ pub(crate) fn memory(code: &[u8]) -> GuestRam {
     ram
 }
 
+/// Memory with page tables, segments and `code`.
+fn interruptible(code: &[u8]) -> GuestRam {
+    let ram = memory(code);
+    for (at, descriptor) in [(GDT + 0x10, 0x00af_9b00_0000_ffffu64), (GDT + 0x18, 0x00cf_9300_0000_ffff)] {
+        ram.store(at, descriptor).expect("in memory");
+    }
+    ram
+}
+
 /// Waits for an interrupt in HLT or, `spinning`, in a loop; its handler says so each time.
 pub(crate) fn interrupted(spinning: bool) -> Vec<u8> {
     program(|a| {
@@ -149,11 +160,8 @@ pub(crate) struct Running {
 impl Running {
     /// Starts `code`, whose interrupt line leads to the handler of [`interrupted`].
     pub(crate) fn start(engine: &dyn Hypervisor, code: &[u8]) -> Self {
-        let ram = memory(code);
-        for (at, descriptor) in [(GDT + 0x10, 0x00af_9b00_0000_ffffu64), (GDT + 0x18, 0x00cf_9300_0000_ffff)] {
-            ram.store(at, descriptor).expect("in memory");
-        }
-        let vm = engine.create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, Arc::new(ram)).expect("machine");
+        let ram = Arc::new(interruptible(code));
+        let vm = engine.create_vm(&VmSpec { vcpus: NonZeroU8::MIN }, ram).expect("machine");
         let seed = vm.create_vcpu(VcpuId(0)).expect("vCPU");
         let kick = seed.kicker();
         let mut irqchip = vm.save_irqchip().expect("controllers");

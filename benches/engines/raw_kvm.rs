@@ -1,6 +1,7 @@
 //! The yardstick of the KVM engine: the same calls to the kernel by hand, and nothing around them.
 #![allow(unsafe_code, reason = "KVM is given the address of guest memory")]
 
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -73,8 +74,8 @@ impl<'a> Laps<'a> {
 #[derive(Debug)]
 pub(crate) struct RawKvm {
     // Dropped in this order: the machine before the memory it maps.
-    vcpu: VcpuFd,
-    _vm: VmFd,
+    pub(super) vcpu: VcpuFd,
+    pub(super) vm: Arc<VmFd>,
     _ram: GuestRam,
 }
 
@@ -107,7 +108,7 @@ impl RawKvm {
             userspace_addr: host as u64,
         };
         // SAFETY: the mapping of `ram` is as long as it says from `host` on, and outlives the machine: `RawKvm` drops
-        // `_vm` and `vcpu` first.
+        // `vcpu` first, and whoever else has `vm` runs nothing.
         unsafe { vm.set_user_memory_region(region) }?;
         took.lap("KVM_SET_USER_MEMORY_REGION");
         vm.set_tss_address(0xfffb_d000)?;
@@ -127,7 +128,7 @@ impl RawKvm {
         vcpu.set_cpuid2(&engine.cpuid)?;
         took.lap("KVM_SET_CPUID2");
         registers(&vcpu, &mut took)?;
-        Ok(Self { vcpu, _vm: vm, _ram: ram })
+        Ok(Self { vcpu, vm: Arc::new(vm), _ram: ram })
     }
 
     /// Runs until the guest leaves.
