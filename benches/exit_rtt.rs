@@ -75,8 +75,10 @@ fn round(engine: &dyn Hypervisor, code: &[u8]) -> Duration {
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn by_hand(code: &[u8]) -> Option<Duration> {
-    let engine = engines::raw_kvm::RawEngine::new(&mut |_, _| {}).ok()?;
-    let mut machine = engines::raw_kvm::RawKvm::new(&engine, memory(code), &mut |_, _| {}).ok()?;
+    use engines::raw_kvm::{Controllers, RawEngine, RawKvm};
+
+    let engine = RawEngine::new(&mut |_, _| {}).ok()?;
+    let mut machine = RawKvm::new(&engine, memory(code), Controllers::Local, &mut |_, _| {}).ok()?;
     let began = Instant::now();
     machine.run().ok()?;
     Some(began.elapsed() / ACCESSES)

@@ -1,7 +1,7 @@
 //! From a device's interrupt line to the first access of the guest's handler.
 //!
 //! `cargo bench --bench irq_inject`. Per engine, to a guest that spins and to one in HLT; the yardstick is a parked
-//! thread of the host. Then the two ways that KVM has, by hand: KVM_IRQ_LINE and an irqfd, and what each call takes alone.
+//! thread of the host. Then the ways that KVM has, by hand, and what each call takes alone.
 
 #[path = "../tests/support/bare.rs"]
 mod bare;
@@ -46,13 +46,19 @@ fn main() {
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn by_hand() {
     use crate::engines::raw_irq::Interruptible;
+    use crate::engines::raw_kvm::Controllers;
 
     type Raise = fn(&Interruptible);
-    let ways: [(_, Raise); 2] =
-        [("KVM_IRQ_LINE, by hand", Interruptible::by_line), ("an irqfd, by hand", Interruptible::by_irqfd)];
-    let Some(guest) = Interruptible::start(&engines::interrupted(false)) else { return };
-    guest.said.recv_timeout(DEADLINE).expect("the guest starts");
-    let measured = ways.map(|(name, raise)| {
+    let ways: [(_, _, Raise); 4] = [
+        ("an irqfd to a local APIC", Controllers::Local, Interruptible::by_irqfd),
+        ("KVM_SIGNAL_MSI", Controllers::Local, Interruptible::by_message),
+        ("KVM_IRQ_LINE to a pin", Controllers::All, Interruptible::by_line),
+        ("an irqfd to a pin", Controllers::All, Interruptible::by_irqfd),
+    ];
+    let mut samples = Vec::new();
+    for (name, controllers, raise) in ways {
+        let Some(guest) = Interruptible::start(&engines::interrupted(false), controllers) else { return };
+        guest.said.recv_timeout(DEADLINE).expect("the guest starts");
         let (mut arrives, mut call) = (Sample::new(name), Sample::new(format!("{name}: call")));
         for _ in 0..ROUNDS {
             thread::sleep(PAUSE);
@@ -62,10 +68,9 @@ fn by_hand() {
             let heard = guest.said.recv_timeout(DEADLINE).expect("the handler runs");
             arrives.add(heard.saturating_duration_since(began));
         }
-        (arrives, call)
-    });
-    let samples: Vec<_> = measured.iter().flat_map(|(arrives, call)| [arrives, call]).collect();
-    support::report_tail("irq_inject, to a guest in HLT", &samples);
+        samples.extend([arrives, call]);
+    }
+    support::report_tail("irq_inject by hand, to a guest in HLT", &samples.iter().collect::<Vec<_>>());
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]

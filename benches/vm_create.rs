@@ -83,6 +83,7 @@ mod yardstick {
     use std::time::Instant;
 
     use crate::engines::memory;
+    use crate::engines::raw_kvm::Controllers;
     use crate::engines::raw_kvm::RawEngine;
     use crate::engines::raw_kvm::RawKvm;
 
@@ -102,7 +103,7 @@ mod yardstick {
         ) -> Option<Duration> {
             let ram = memory(code);
             let began = Instant::now();
-            let mut machine = RawKvm::new(&self.0, ram, step).ok()?;
+            let mut machine = RawKvm::new(&self.0, ram, Controllers::Local, step).ok()?;
             let entered = Instant::now();
             machine.run().ok()?;
             step("KVM_RUN", entered.elapsed());

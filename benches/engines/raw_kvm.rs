@@ -8,13 +8,10 @@ use std::time::Instant;
 use kiln::mem::GuestRam;
 use kvm_bindings::CpuId;
 use kvm_bindings::KVM_CAP_EXIT_ON_EMULATION_FAILURE;
-use kvm_bindings::KVM_IRQ_ROUTING_IRQCHIP;
-use kvm_bindings::KVM_IRQCHIP_IOAPIC;
+use kvm_bindings::KVM_CAP_SPLIT_IRQCHIP;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_bindings::KvmIrqRouting;
 use kvm_bindings::Msrs;
 use kvm_bindings::kvm_enable_cap;
-use kvm_bindings::kvm_irq_routing_entry;
 use kvm_bindings::kvm_msr_entry;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_segment;
@@ -70,6 +67,15 @@ impl<'a> Laps<'a> {
     }
 }
 
+/// Which interrupt controllers the kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Controllers {
+    /// The local APICs only, as in kiln's engine.
+    Local,
+    /// All that it can have.
+    All,
+}
+
 /// A machine with one vCPU.
 #[derive(Debug)]
 pub(crate) struct RawKvm {
@@ -85,6 +91,7 @@ impl RawKvm {
     pub(crate) fn new(
         engine: &RawEngine,
         ram: GuestRam,
+        controllers: Controllers,
         step: &mut dyn FnMut(&'static str, Duration),
     ) -> Result<Self, kvm_ioctls::Error> {
         let mut took = Laps::new(step);
@@ -119,10 +126,17 @@ impl RawKvm {
             ..Default::default()
         })?;
         took.lap("KVM_ENABLE_CAP");
-        vm.create_irq_chip()?;
-        took.lap("KVM_CREATE_IRQCHIP");
-        vm.set_gsi_routing(&routing())?;
-        took.lap("KVM_SET_GSI_ROUTING");
+        match controllers {
+            Controllers::Local => {
+                let lines = [24, 0, 0, 0];
+                vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: lines, ..Default::default() })?;
+                took.lap("KVM_ENABLE_CAP, split interrupt controllers");
+            }
+            Controllers::All => {
+                vm.create_irq_chip()?;
+                took.lap("KVM_CREATE_IRQCHIP");
+            }
+        }
         let vcpu = vm.create_vcpu(0)?;
         took.lap("KVM_CREATE_VCPU");
         vcpu.set_cpuid2(&engine.cpuid)?;
@@ -182,18 +196,6 @@ fn registers(vcpu: &VcpuFd, took: &mut Laps<'_>) -> Result<(), kvm_ioctls::Error
     vcpu.set_vcpu_events(&events)?;
     took.lap("KVM_SET_VCPU_EVENTS");
     Ok(())
-}
-
-fn routing() -> KvmIrqRouting {
-    let entries: Vec<_> = (0..24)
-        .map(|pin| {
-            let mut entry = kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
-            entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
-            entry.u.irqchip.pin = pin;
-            entry
-        })
-        .collect();
-    KvmIrqRouting::from_entries(&entries).expect("24 entries fit")
 }
 
 /// As `bare::initial_state` has it.

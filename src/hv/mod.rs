@@ -9,6 +9,7 @@
 //! Engines never look up: they know RAM and an [`IoHandler`], not devices. Port and MMIO accesses are
 //! served in place through the handler, so [`Exit`] carries only what ends a run.
 
+mod ioapic;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 mod profile;
@@ -147,8 +148,8 @@ pub trait HvVm: Debug + Send + Sync {
         Err(HvError::Unsupported("saving the interrupt controllers"))
     }
 
-    /// Replaces the state of the interrupt controllers, while no vCPU runs and no line changes. Bits that the hardware
-    /// does not have are dropped.
+    /// Replaces the state of the interrupt controllers, while no vCPU runs and no line changes, and after the vCPUs have
+    /// theirs: a line that asks is served at once. Bits that the hardware does not have are dropped.
     ///
     /// # Errors
     /// [`HvError::Unsupported`] by an engine that cannot restore machines.

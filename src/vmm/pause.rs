@@ -163,15 +163,16 @@ impl Machine {
         let mut parts = Parts::build(engine, vcpus, memory, devices, host, true)?;
         parts.vm.stop_time();
         parts.board.restore(state)?;
-        parts.vm.restore_irqchip(&state.irqchip).map_err(|error| RestoreError::Machine(error.into()))?;
         let machine = parts.run(state.vcpus.clone(), true)?;
-        match machine.crew.pause().await {
-            Ok(()) => Ok(machine),
-            Err(Ended) => Err(match machine.ended().await {
+        if let Err(Ended) = machine.crew.pause().await {
+            return Err(match machine.ended().await {
                 MachineEnd::Failed(error) => RestoreError::Vcpu(error),
                 _ => RestoreError::EnginePanicked,
-            }),
+            });
         }
+        // The vCPUs have their states, and the devices are still held.
+        machine.vm.restore_irqchip(&state.irqchip).map_err(|error| RestoreError::Machine(error.into()))?;
+        Ok(machine)
     }
 
     async fn come_to_rest(&self) -> Result<(), Ended> {

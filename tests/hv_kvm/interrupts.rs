@@ -79,7 +79,11 @@ fn a_level_asks_again_until_it_is_taken_away() {
 #[test]
 fn the_ioapics_state_comes_back() {
     let Some(kvm) = engine("the_ioapics_state_comes_back") else { return };
-    let guest = halting(&kvm);
+    let mut guest = halting(&kvm);
+    // The local APIC has the interrupt that is in service.
+    let mut vcpu = guest.vcpu.save().unwrap();
+    vcpu.lapic.irr[2] |= 1 << 1;
+    guest.vcpu.restore(&vcpu).unwrap();
     let mut state = IoApicState { select: 0x22, id: 0x0300_0000, ..IoApicState::default() };
     state.redirections[3] = 0x0100_0000_0000_0833;
     state.redirections[9] = 0x41 | LEVEL | REMOTE_IRR;
@@ -97,9 +101,58 @@ fn the_ioapics_state_comes_back() {
     };
     guest.vm.restore_irqchip(&IrqChipState { ioapic: hostile }).unwrap();
     let kept = guest.vm.save_irqchip().unwrap().ioapic;
-    assert_eq!((kept.select, kept.id, kept.redirections[0]), (0xff, 0x0f00_0000, 0xff00_0000_0001_efff));
+    assert_eq!(
+        (kept.select, kept.id, kept.redirections[0]),
+        (0xff, 0x0f00_0000, 0xff00_0000_0001_afff),
+        "nothing is in service"
+    );
     guest.vm.restore_irqchip(&IrqChipState::default()).unwrap();
     assert_eq!(guest.vm.save_irqchip().unwrap(), IrqChipState::default());
+}
+
+#[test]
+fn a_level_that_nobody_has_any_more_is_over_in_a_saved_state_and_asks_in_the_restored_one() {
+    let Some(kvm) = engine("a_level_that_nobody_has_any_more_is_over_in_a_saved_state_and_asks_in_the_restored_one")
+    else {
+        return;
+    };
+    let mut guest = halting(&kvm);
+    let mut state = ioapic(9, 0x41 | LEVEL | REMOTE_IRR);
+    (state.ioapic.active, state.ioapic.requests) = (1 << 9, 1 << 9);
+    guest.vm.restore_irqchip(&state).unwrap();
+    // As after an EOI of which the vCPU has not told yet.
+    let saved = guest.vm.save_irqchip().unwrap();
+    assert_eq!(saved.ioapic.redirections[9], 0x41 | LEVEL);
+    assert_eq!(guest.vcpu.save().unwrap().lapic.irr, [0; 8]);
+    guest.vm.restore_irqchip(&saved).unwrap();
+    assert_eq!(guest.vcpu.save().unwrap().lapic.irr[2], 1 << 1);
+    assert_eq!(guest.vm.save_irqchip().unwrap(), state);
+    assert_eq!(guest.vcpu.run().unwrap(), Exit::Kicked);
+    assert_eq!(guest.ram.load::<u64>(COUNTER), Some(1));
+}
+
+#[test]
+fn an_edge_is_in_the_state_that_is_saved_after_it() {
+    let Some(kvm) = engine("an_edge_is_in_the_state_that_is_saved_after_it") else { return };
+    let mut guest = halting(&kvm);
+    let line = guest.vm.irq_line(Gsi(5)).unwrap();
+    let mut without = guest.vcpu.save().unwrap();
+    without.lapic.ldr = 1 << 24;
+    // For one by its id, which goes through the irqfd, for one by its logical address, for the lowest priority, for all.
+    for entry in [0x31, 0x0100_0000_0000_0831, 0x0100_0000_0000_0931, 0xff00_0000_0000_0031] {
+        guest.vm.restore_irqchip(&ioapic(5, entry)).unwrap();
+        for round in 0..2_000 {
+            guest.vcpu.restore(&without).unwrap();
+            line.raise();
+            let saved = guest.vcpu.save().unwrap();
+            assert_eq!(saved.lapic.irr[1], 1 << 17, "{entry:#x}, round {round}");
+        }
+    }
+    guest.vcpu.restore(&without).unwrap();
+    guest.vm.restore_irqchip(&ioapic(5, 0x1_0031)).unwrap();
+    line.raise();
+    guest.vm.restore_irqchip(&ioapic(5, 0x31)).unwrap();
+    assert_eq!(guest.vcpu.save().unwrap().lapic.irr, [0; 8], "a masked edge is lost");
 }
 
 #[test]

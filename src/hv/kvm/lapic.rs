@@ -86,6 +86,12 @@ impl Page {
         }
     }
 
+    /// Whether an interrupt with this vector waits or is in service.
+    pub(super) fn has(&self, vector: u8) -> bool {
+        let word = usize::from(vector / 32);
+        [IRR, ISR].iter().any(|first| self.get(first + word * 16) >> (vector % 32) & 1 != 0)
+    }
+
     pub(super) fn timer_mode(&self) -> TimerMode {
         TimerMode::of(self.get(LVT))
     }

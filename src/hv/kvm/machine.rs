@@ -5,18 +5,18 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_clock_data,
-    kvm_enable_cap, kvm_irq_routing_entry,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_clock_data, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
 
 use super::clock::{Clock, Rate};
-use super::doorbell;
+use super::eventfd;
 use super::failed;
-use super::irq::{self, Lines};
+use super::irq::{self, IoApic, Wires};
 use super::memory::{Guest, Logging};
 use super::profile::Shown;
+use super::registers;
 use super::signal::Signal;
 use super::vcpu::{Seed, Slot};
 use crate::hv::state::IrqChipState;
@@ -37,7 +37,7 @@ pub(super) struct Shared {
     guest: Arc<Guest>,
     clock: Clock,
     shown: Arc<Shown>,
-    lines: Lines,
+    ioapic: IoApic,
     logging: Mutex<Logging>,
 }
 
@@ -51,13 +51,14 @@ impl Shared {
     ) -> Result<Self, HvError> {
         let clock = Clock::new(rate);
         let slots = (0..vcpus.get()).map(|_| OnceLock::new()).collect();
-        // In this order: what each of these replaces must be waited out by the next one, the filter patiently (fifteen
-        // milliseconds if it is not the first) and memory after the controllers too (six).
+        // In this order: the filter waits patiently for readers of what was there before (sixteen milliseconds after
+        // memory was registered, none if it is the first).
         shown.filter_msrs(&vm)?;
         let guest = Arc::new(Guest::new(vm, ram)?);
         add_controllers(guest.vm())?;
+        let ioapic = IoApic::new(Wires::new(Arc::clone(&guest)));
         let logging = Mutex::new(Logging::Off);
-        Ok(Self { slots, guest, clock, shown, lines: Lines::default(), logging })
+        Ok(Self { slots, guest, clock, shown, ioapic, logging })
     }
 
     pub(super) fn guest(&self) -> &Arc<Guest> {
@@ -80,8 +81,8 @@ impl Shared {
         &self.shown
     }
 
-    pub(super) fn lines(&self) -> &Lines {
-        &self.lines
+    pub(super) fn ioapic(&self) -> &IoApic {
+        &self.ioapic
     }
 
     pub(super) fn vcpus(&self) -> u8 {
@@ -96,6 +97,17 @@ impl Shared {
     /// The vCPUs that have been made.
     fn made(&self) -> impl Iterator<Item = &Arc<Slot>> {
         self.slots.iter().filter_map(OnceLock::get)
+    }
+
+    /// Whether a local APIC has an interrupt with this vector, waiting or in service. One that runs may.
+    pub(super) fn is_pending(&self, vector: u8) -> Result<bool, HvError> {
+        for slot in self.made() {
+            let Some(cell) = slot.try_lock() else { return Ok(true) };
+            if registers::lapic(cell.fd())?.has(vector) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Sets the machine's time, by way of its first vCPU: the others' counters follow.
@@ -153,26 +165,13 @@ fn add_controllers(vm: &VmFd) -> Result<(), HvError> {
     let x2apic = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     enable(vm, KVM_CAP_X2APIC_API, x2apic.into())?;
     enable(vm, KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)?;
-    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-    vm.set_gsi_routing(&routing()?).map_err(failed("KVM_SET_GSI_ROUTING"))
+    // The kernel's local APICs, and none of its other controllers; of as many lines it tells the end.
+    enable(vm, KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS as u64)
 }
 
 fn enable(vm: &VmFd, cap: u32, argument: u64) -> Result<(), HvError> {
     let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() };
     vm.enable_cap(&cap).map_err(failed("KVM_ENABLE_CAP"))
-}
-
-/// Each line to its pin of the IOAPIC and to nothing else: none to the 8259A pair.
-fn routing() -> Result<KvmIrqRouting, HvError> {
-    let entries: Vec<_> = (0..IOAPIC_PINS as u32)
-        .map(|pin| {
-            let mut entry = kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
-            entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
-            entry.u.irqchip.pin = pin;
-            entry
-        })
-        .collect();
-    KvmIrqRouting::from_entries(&entries).map_err(|_| HvError::Unsupported("so many lines"))
 }
 
 /// A machine, as the seam has it.
@@ -203,11 +202,11 @@ impl HvVm for KvmVm {
     }
 
     fn irq_line(&self, gsi: Gsi) -> Result<Arc<dyn IrqLine>, HvError> {
-        irq::line(&self.shared, gsi).ok_or(HvError::Unsupported("an interrupt line that the IOAPIC does not have"))
+        irq::line(&self.shared, gsi)
     }
 
     fn doorbell(&self, addr: GuestAddr) -> Result<Option<OwnedFd>, HvError> {
-        doorbell::on_write(self.shared.vm(), addr).map(Some)
+        eventfd::on_write(self.shared.vm(), addr).map(Some)
     }
 
     fn save_irqchip(&self) -> Result<IrqChipState, HvError> {
@@ -215,7 +214,8 @@ impl HvVm for KvmVm {
     }
 
     fn restore_irqchip(&self, state: &IrqChipState) -> Result<(), HvError> {
-        self.shared.restore_ioapic(&state.ioapic)
+        self.shared.ioapic().restore(&state.ioapic);
+        Ok(())
     }
 
     fn stop_time(&self) {

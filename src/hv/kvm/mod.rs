@@ -1,28 +1,27 @@
 //! The KVM engine: guests on the host's processor, by way of `/dev/kvm` (Linux, `Documentation/virt/kvm/api.rst`).
 //!
 //! ```text
-//!   Kvm --create_vm--> KvmVm ---- Shared: VM descriptor, RAM, clock, lines
+//!   Kvm --create_vm--> KvmVm ---- Shared: VM descriptor, RAM, clock, IOAPIC
 //!                        |           |
 //!                        |           +-- Slot a vCPU: its descriptor, behind a mutex that a run holds
 //!                        +--create_vcpu--> Seed --bind--> KvmVcpu  (its thread)
 //!                                            \--kicker--> Kicker   (any thread)
 //! ```
 //!
-//! The interrupt controllers are the kernel's: a local APIC a vCPU, and the IOAPIC. The kernel's 8259A pair comes with
-//! them and cannot be left out; no line leads to it, so that it never asks for anything. There is no 8254 timer: the
-//! guests of this machine model have the local APIC's. What only one of the engines needs to know (memory slots, the
+//! The local APICs are the kernel's; the IOAPIC is the one that every engine has (a "split" interrupt controller), for
+//! the sake of lines that deliver at once. There is neither an 8259A pair nor an 8254 timer: the guests of this machine
+//! model have the local APIC's. What only one of the engines needs to know (memory slots, the
 //! run structure, the kick's signal, the offset of the time stamp counter) is in files of its own; those with `unsafe`
 //! say so in their first lines.
 //!
-//! **What differs from `soft`.** A vCPU that writes its time stamp counter changes its own and not the machine's. A
-//! pulse on a level-triggered line during the service of the one before is lost, as on real hardware, and so is one that a
-//! restored state remembers: such lines want [`set_level`](super::IrqLine::set_level). After a restore, a one-shot timer
-//! that has expired reads as if it had never been started, because the kernel would let it expire again.
+//! **What differs from `soft`.** A vCPU that writes its time stamp counter changes its own and not the machine's. After a
+//! restore, a one-shot timer that has expired reads as if it had never been started, because the kernel would let it
+//! expire again.
 
 mod clock;
 mod dirty;
-mod doorbell;
 mod engine;
+mod eventfd;
 mod irq;
 mod kick;
 mod lapic;

@@ -13,8 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run,
+    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IOAPIC_EOI,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -36,6 +37,8 @@ pub(super) enum Left<'a> {
     Read { addr: u64, data: &'a mut [u8] },
     /// A write to it.
     Write { addr: u64, data: &'a [u8] },
+    /// The guest has ended a level interrupt with this vector.
+    Ended { vector: u8 },
     /// A triple fault.
     Shutdown,
     /// The processor does not enter the guest.
@@ -141,6 +144,11 @@ impl Run {
             KVM_EXIT_INTR => Left::Interrupted,
             KVM_EXIT_IO => return self.port(),
             KVM_EXIT_MMIO => return self.mmio(),
+            KVM_EXIT_IOAPIC_EOI => {
+                // SAFETY: as above; the reason says that this member of the union was written.
+                let ended = unsafe { addr_of!((*run).__bindgen_anon_1.eoi).read_volatile() };
+                Left::Ended { vector: ended.vector }
+            }
             KVM_EXIT_SHUTDOWN => Left::Shutdown,
             KVM_EXIT_FAIL_ENTRY => {
                 // SAFETY: as above; the reason says that this member of the union was written.

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use kvm_bindings::{KVM_CAP_ENFORCE_PV_FEATURE_CPUID, kvm_enable_cap};
+use kvm_ioctls::VcpuFd;
 
 use super::clock::Clock;
 use super::engine::Profile;
@@ -100,6 +101,11 @@ pub(super) struct Cell {
 }
 
 impl Cell {
+    /// The vCPU's descriptor.
+    pub(super) fn fd(&self) -> &VcpuFd {
+        self.run.fd()
+    }
+
     /// Shows the machine's time from now on.
     pub(super) fn follow(&mut self, clock: &Clock) -> Result<(), HvError> {
         let offset = clock.offset(self.run.fd())?;
@@ -165,13 +171,18 @@ impl Cell {
                 self.owes = true;
             }
             Left::Read { addr, data } => {
-                read(devices, addr, data);
+                if !shared.ioapic().mmio_read(addr, data) {
+                    read(devices, addr, data);
+                }
                 self.owes = true;
             }
             Left::Write { addr, data } => {
-                write(devices, addr, data);
+                if !shared.ioapic().mmio_write(addr, data) {
+                    write(devices, addr, data);
+                }
                 self.owes = true;
             }
+            Left::Ended { vector } => shared.ioapic().eoi(vector),
             Left::Shutdown => return Ok(Some(Exit::Shutdown)),
             Left::Refused(reason) => return Err(HvError::Entry { reason }),
             Left::Unimplemented(bytes) => {

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use crate::hv::IoHandler;
+use crate::hv::ioapic;
 pub(super) use crate::hv::state::check::is_canonical;
 use crate::hv::state::x86_64::{Segment, Table};
 use crate::mem::GuestRam;
 
-use super::apic::{IOAPIC_BASE, IoApic, Lapic};
+use super::apic::{IoApic, Lapic};
 use super::clock::Clock;
 use super::code_image::GeneralCode;
 use super::code_map::CodeMap;
@@ -243,34 +244,19 @@ pub(super) fn stack_fault(stop: Stop) -> Stop {
 impl Cpu {
     /// Serves a read of the APICs' pages, which are the engine's own; false for any other address.
     pub(super) fn apic_read(&mut self, gpa: u64, into: &mut [u8]) -> bool {
-        let page = gpa & !0xfff;
-        let value = if page == IOAPIC_BASE {
-            self.ioapic.mmio_read(gpa & 0xfff)
-        } else if self.lapic.mmio_base() == Some(page) {
-            self.lapic.mmio_read(gpa & 0xfff)
-        } else {
-            return false;
-        };
-        into.fill(0);
-        let bytes = value.to_le_bytes();
-        let len = into.len().min(4);
-        into[..len].copy_from_slice(&bytes[..len]);
+        if self.lapic.mmio_base() != Some(gpa & !0xfff) {
+            return self.ioapic.mmio_read(gpa, into);
+        }
+        ioapic::show(self.lapic.mmio_read(gpa & 0xfff), into);
         true
     }
 
     /// Serves a write to the APICs' pages; false for any other address.
     pub(super) fn apic_write(&mut self, gpa: u64, data: &[u8]) -> bool {
-        let mut bytes = [0; 4];
-        let len = data.len().min(4);
-        bytes[..len].copy_from_slice(&data[..len]);
-        let (page, value) = (gpa & !0xfff, u32::from_le_bytes(bytes));
-        if page == IOAPIC_BASE {
-            self.ioapic.mmio_write(gpa & 0xfff, value);
-        } else if self.lapic.mmio_base() == Some(page) {
-            self.lapic.mmio_write(gpa & 0xfff, value);
-        } else {
-            return false;
+        if self.lapic.mmio_base() != Some(gpa & !0xfff) {
+            return self.ioapic.mmio_write(gpa, data);
         }
+        self.lapic.mmio_write(gpa & 0xfff, ioapic::word(data));
         true
     }
 }

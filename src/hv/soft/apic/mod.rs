@@ -9,17 +9,19 @@
 //! The bus is SDM 3A, 11.6.2 "Determining IPI Destination" over mailboxes; it belongs to no thread.
 //! A [`Lapic`] belongs to its vCPU's thread. Lock order: the IOAPIC's mutex, then a mailbox's.
 
-mod ioapic;
 mod lapic;
 mod timer;
 
 use std::sync::Arc;
 
-pub(crate) use ioapic::{IOAPIC_BASE, IoApic};
 pub(crate) use lapic::Lapic;
 
 use super::mailbox::Mailbox;
+use crate::hv::ioapic::{self, Redirection};
 use crate::hv::state::x86_64::Lapic as LapicState;
+
+/// The IOAPIC that sends to the local APICs here.
+pub(crate) type IoApic = ioapic::IoApic<Bus>;
 
 /// Base address of a local APIC's page after reset.
 pub(crate) const LAPIC_BASE: u64 = 0xfee0_0000;
@@ -186,9 +188,23 @@ impl Bus {
     }
 }
 
+impl ioapic::Bus for Bus {
+    fn deliver(&self, entry: Redirection) {
+        let Some(delivery) = Delivery::from_bits(entry.delivery()) else { return };
+        if delivery == Delivery::StartUp {
+            // Reserved here, unlike in an ICR.
+            return;
+        }
+        let level = entry.is_level() && matches!(delivery, Delivery::Fixed | Delivery::LowestPriority);
+        let to = Destination::narrow(entry.destination(), entry.is_logical());
+        self.send(to, Message { delivery, vector: entry.vector(), level });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hv::soft::mailbox::Mail;
 
     fn posted(bus: &Bus) -> Vec<u32> {
         (0..).take_while(|id| bus.mailbox(*id).is_some()).filter(|id| bus.mailbox(*id).unwrap().any()).collect()
@@ -249,6 +265,24 @@ mod tests {
             LogicalAddress::X2Apic(0xffff_8000),
         ] {
             assert_eq!(LogicalAddress::from_bits(address.to_bits()), address);
+        }
+    }
+
+    #[test]
+    fn datasheet_3_2_4_delivery_and_destination_modes_of_a_line() {
+        let addresses = [0, 1, 2].map(|id| LogicalAddress::X2Apic(1 << id));
+        let bus = addressed(&addresses);
+        let pulse = |entry: u64| {
+            ioapic::Bus::deliver(&bus, Redirection(entry));
+            [0, 1, 2].map(|id| bus.mailbox(id).unwrap().collect())
+        };
+        let vectors = |entry| pulse(entry).map(|mail| mail.vectors[2] >> 16 & 1);
+        assert_eq!(vectors(0x0600_0000_0000_0850), [0, 1, 1]);
+        assert_eq!(vectors(0x0600_0000_0000_0950), [0, 1, 0]);
+        assert_eq!(vectors(0xff00_0000_0000_0050), [1, 1, 1]);
+        assert!(pulse(0x0200_0000_0000_0400)[2].signals.nmi);
+        for reserved in [0x200, 0x300, 0x600, 0x700] {
+            assert_eq!(pulse(0x0200_0000_0000_0050 | reserved), [Mail::default(), Mail::default(), Mail::default()]);
         }
     }
 }

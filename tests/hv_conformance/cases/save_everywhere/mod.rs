@@ -159,8 +159,8 @@ fn moved(mut from: Machine, to: &Bench, guest: &Guest, accesses: &mut Vec<Access
     drop(from);
     let mut into = Machine::over(to, &guest.ram, &answers)?;
     into.vm.stop_time();
-    into.vm.restore_irqchip(&irqchip).expect("a valid state");
     into.restore(&state);
+    into.vm.restore_irqchip(&irqchip).expect("a valid state");
     let again = (timeless(into.state()), into.vm.save_irqchip().expect("saves"));
     assert_eq!(again, (timeless(state), irqchip), "restored under {}", to.engine_name());
     into.vm.start_time();
