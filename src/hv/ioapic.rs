@@ -223,10 +223,10 @@ impl IoApicState {
         let bit = 1 << pin;
         let rises = high && self.active & bit == 0;
         self.active = if high { self.active | bit } else { self.active & !bit };
-        let entry = self.redirections[pin];
-        if entry & LEVEL == 0 {
-            if rises && entry & MASKED == 0 {
-                bus.deliver(Redirection(entry));
+        let entry = Redirection(self.redirections[pin]);
+        if !entry.is_level() {
+            if rises && !entry.is_masked() {
+                bus.deliver(entry);
             }
             return;
         }
@@ -237,19 +237,19 @@ impl IoApicState {
     /// A pulse. On a level-triggered line the request stays until it has been sent, so that a pulse
     /// during the service of the one before is not lost.
     fn pulse(&mut self, pin: usize, bus: &impl Bus) {
-        let entry = self.redirections[pin];
-        if entry & LEVEL != 0 {
+        let entry = Redirection(self.redirections[pin]);
+        if entry.is_level() {
             self.requests |= 1 << pin;
             self.serve_level(pin, bus);
-        } else if entry & MASKED == 0 {
-            bus.deliver(Redirection(entry));
+        } else if !entry.is_masked() {
+            bus.deliver(entry);
         }
     }
 
     /// Sends a level-triggered pin's message if it asks, may, and is not being served.
     fn serve_level(&mut self, pin: usize, bus: &impl Bus) {
-        let (bit, entry) = (1 << pin, self.redirections[pin]);
-        if entry & LEVEL == 0 || entry & (MASKED | REMOTE_IRR) != 0 {
+        let (bit, entry) = (1 << pin, Redirection(self.redirections[pin]));
+        if !entry.is_level() || entry.is_masked() || entry.is_in_service() {
             return;
         }
         // The line may have become active while the entry was edge-triggered.
@@ -258,14 +258,14 @@ impl IoApicState {
         }
         self.redirections[pin] |= REMOTE_IRR;
         self.requests = self.requests & !bit | self.active & bit;
-        bus.deliver(Redirection(entry));
+        bus.deliver(entry);
     }
 
     fn eoi(&mut self, vector: u8, bus: &impl Bus) {
         for pin in 0..PINS {
-            let entry = self.redirections[pin];
-            if entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR && entry as u8 == vector {
-                self.redirections[pin] &= !REMOTE_IRR;
+            let entry = Redirection(self.redirections[pin]);
+            if entry.is_in_service() && entry.vector() == vector {
+                self.redirections[pin] = entry.ended().0;
                 self.serve_level(pin, bus);
             }
         }
