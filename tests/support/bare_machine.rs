@@ -8,6 +8,7 @@
 pub(crate) mod engine;
 
 use std::io::Write;
+use std::time::Duration;
 
 use futures::future::Either;
 use iced_x86::IcedError;
@@ -29,6 +30,8 @@ pub(crate) use engine::engine;
 use crate::bare;
 use crate::bare::CODE;
 
+/// Far beyond what a guest takes to say something; only one that hangs lets it pass.
+const LONG: Duration = Duration::from_secs(30);
 /// The size of the guests' memory.
 pub(crate) const MEMORY: Bytes = Bytes::mib(4);
 /// Where a guest finds what the test tells it.
@@ -223,8 +226,10 @@ pub(crate) fn copy(machine: &Machine) -> GuestRam {
 pub(crate) async fn heard(machine: &Machine, text: &str) {
     let mut console = machine.console().follow();
     let first = futures::future::select(Box::pin(console.find(text)), Box::pin(machine.ended()));
-    if let Either::Right((end, _)) = first.await {
-        panic!("{end:?} before {text:?}, after {:?}", machine.console().text());
+    match tokio::time::timeout(LONG, first).await {
+        Ok(Either::Left(_)) => {}
+        Ok(Either::Right((end, _))) => panic!("{end:?} before {text:?}, after {:?}", machine.console().text()),
+        Err(_) => panic!("no {text:?} in {LONG:?}, after {:?}", machine.console().text()),
     }
 }
 
