@@ -26,8 +26,7 @@ pub(super) fn on_write(vm: &VmFd, addr: GuestAddr) -> Result<OwnedFd, HvError> {
     Ok(bell)
 }
 
-/// An eventfd of which every write raises the line `gsi`, wherever it is routed to by then. The kernel keeps it for as
-/// long as the machine lives.
+/// An eventfd of which every write raises the line `gsi`, wherever it is routed to by then; until it is closed.
 pub(super) fn raising(vm: &VmFd, gsi: u32) -> Result<OwnedFd, HvError> {
     let wire = new()?;
     // Descriptors that are open are not negative.

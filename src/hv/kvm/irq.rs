@@ -166,7 +166,7 @@ pub(super) fn line(shared: &Arc<Shared>, gsi: Gsi) -> Result<Arc<dyn IrqLine>, H
     let Some(number) = usize::try_from(gsi.0).ok().filter(|pin| *pin < PINS) else { return Err(no_line) };
     let pin = &shared.ioapic().bus().pins[number];
     if pin.irqfd.get().is_none() {
-        // Of two threads one has the line's eventfd; the other's is the kernel's alone, and nobody writes to it.
+        // Of two threads one has the line's eventfd; the other's is closed, and the kernel lets go of it.
         let _ = pin.irqfd.set(eventfd::raising(shared.vm(), gsi.0)?);
     }
     Ok(Arc::new(Line { shared: Arc::clone(shared), pin: number }))
