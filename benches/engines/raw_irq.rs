@@ -55,7 +55,7 @@ impl Interruptible {
         let machine = RawKvm::new(&engine, interruptible(code), controllers, &mut |_, _| {}).ok()?;
         prepare(&machine).expect("descriptor tables and a local APIC are taken");
         match controllers {
-            Controllers::Local => lead_to_local_apic(&machine).expect("a route is taken"),
+            Controllers::Local => machine.vm.set_gsi_routing(&to_local_apic()).expect("a route is taken"),
             Controllers::All => lead_to_pin(&machine).expect("an IOAPIC is taken"),
         }
         let vm = Arc::clone(&machine.vm);
@@ -120,11 +120,12 @@ fn prepare(machine: &RawKvm) -> Result<(), kvm_ioctls::Error> {
     machine.vcpu.set_lapic(&lapic)
 }
 
-fn lead_to_local_apic(machine: &RawKvm) -> Result<(), kvm_ioctls::Error> {
+/// The line's route: a message for the local APIC.
+pub(super) fn to_local_apic() -> KvmIrqRouting {
     let mut route = kvm_irq_routing_entry { gsi: LINE, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
     route.u.msi.address_lo = MESSAGE_ADDRESS;
     route.u.msi.data = VECTOR as u32;
-    machine.vm.set_gsi_routing(&KvmIrqRouting::from_entries(&[route]).expect("one entry fits"))
+    KvmIrqRouting::from_entries(&[route]).expect("one entry fits")
 }
 
 /// To the pin only: the kernel's own routes also lead to its 8259A pair.

@@ -17,16 +17,21 @@ use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_segment;
 use kvm_bindings::kvm_sregs;
 use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::IoEventAddress;
 use kvm_ioctls::Kvm;
 use kvm_ioctls::MsrFilterDefaultAction;
 use kvm_ioctls::MsrFilterRange;
 use kvm_ioctls::MsrFilterRangeFlags;
+use kvm_ioctls::NoDatamatch;
 use kvm_ioctls::VcpuExit;
 use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryBackend as _;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+use vmm_sys_util::eventfd::EventFd;
 
+use super::LINE;
 use crate::bare::CODE;
 use crate::bare::EXIT_PORT;
 use crate::bare::STACK;
@@ -143,6 +148,22 @@ impl RawKvm {
         took.lap("KVM_SET_CPUID2");
         registers(&vcpu, &mut took)?;
         Ok(Self { vcpu, vm: Arc::new(vm), _ram: ram })
+    }
+
+    /// Wires a device: what wakes it, what it raises, and where that leads.
+    pub(crate) fn add_device(
+        &self,
+        step: &mut dyn FnMut(&'static str, Duration),
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let (bell, line) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+        let mut took = Laps::new(step);
+        self.vm.register_ioevent(&bell, &IoEventAddress::Mmio(0xd000_0050), NoDatamatch)?;
+        took.lap("KVM_IOEVENTFD");
+        self.vm.register_irqfd(&line, LINE)?;
+        took.lap("KVM_IRQFD");
+        self.vm.set_gsi_routing(&super::raw_irq::to_local_apic())?;
+        took.lap("KVM_SET_GSI_ROUTING, one message");
+        Ok(())
     }
 
     /// Runs until the guest leaves.
