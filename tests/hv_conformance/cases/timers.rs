@@ -158,6 +158,8 @@ fn the_divisor_stretches_the_count(bench: &Bench) -> Outcome {
     let guest = counted(|a| {
         a.sti()?;
         for (n, divide) in [(1, DIVIDE_BY_1), (2, 0b0011)] {
+            // Nothing to count: Linux's KVM lets a timer that has expired expire again when its divisor changes.
+            lapic_write(a, INITIAL_COUNT, 0)?;
             lapic_write(a, LVT_TIMER, VECTOR.into())?;
             lapic_write(a, DIVIDE, divide)?;
             read_tsc(a)?;
