@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::image::Digest;
 use crate::image::decompress;
-use crate::rootfs::budget::Budget;
+use crate::rootfs::budget::Share;
 use crate::rootfs::error::LayerErrorKind;
 
 /// The blob's read buffer, in bytes: large, because every refill is a system call.
@@ -45,7 +45,7 @@ pub(super) struct Archive<'a> {
     at: usize,
     hasher: Sha256,
     length: u64,
-    budget: &'a Budget,
+    budget: Share<'a>,
     abandoned: &'a CancellationToken,
 }
 
@@ -54,7 +54,7 @@ impl<'a> Archive<'a> {
     pub(super) fn open<'scope>(
         scope: &'scope Scope<'scope, '_>,
         blob: File,
-        budget: &'a Budget,
+        budget: Share<'a>,
         abandoned: &'a CancellationToken,
         watch: impl FnMut(u64) + Send + 'scope,
     ) -> io::Result<Self> {

@@ -150,7 +150,7 @@ impl Build {
             // It may read files to find out.
             None => run_blocking(|| Ok::<_, RootfsError>(default_parallel())).await?,
         };
-        let budget = Arc::new(Budget::new(self.limits));
+        let budget = Arc::new(Budget::new(self.limits, self.distinct.layers.len()));
         let conversions = (0..self.distinct.layers.len()).map(|number| {
             let (build, budget) = (Arc::clone(self), Arc::clone(&budget));
             async move {
@@ -171,7 +171,18 @@ impl Build {
                 Err(_) => {}
             }
         }
-        failed.map_or(Ok(indexes), Err)
+        failed.map_or(Ok(indexes), |error| Err(self.blame(error, &budget)))
+    }
+
+    /// Names the layer that a shared limit is due to, and not the one that happened to reach it.
+    fn blame(&self, error: RootfsError, budget: &Budget) -> RootfsError {
+        match (error, budget.at_fault().and_then(|number| self.distinct.layers.get(number))) {
+            (
+                RootfsError::Layer(LayerError { layer, kind: kind @ LayerErrorKind::Limit { .. }, .. }),
+                Some(at_fault),
+            ) if layer != *at_fault.digest() => LayerError { layer: *at_fault.digest(), entry: None, kind }.into(),
+            (error, _) => error,
+        }
     }
 
     fn convert_one(&self, number: usize, budget: &Budget) -> Result<Index, RootfsError> {
@@ -180,7 +191,7 @@ impl Build {
             return Err(LayerError { layer: *layer.digest(), entry: None, kind: LayerErrorKind::Abandoned }.into());
         }
         let Self { image, progress, abandoned, .. } = self;
-        Converter { image, budget, progress, abandoned }.index(layer)
+        Converter { image, budget: budget.share(number), progress, abandoned }.index(layer)
     }
 
     async fn join(self: &Arc<Self>, indexes: Vec<Index>) -> Result<Option<RootImage>, RootfsError> {

@@ -19,7 +19,7 @@ use crate::image::Layer;
 use crate::image::Progress;
 use crate::image::ProgressEvent;
 use crate::rootfs::archive::Archive;
-use crate::rootfs::budget::Budget;
+use crate::rootfs::budget::Share;
 use crate::rootfs::content::AppendError;
 use crate::rootfs::content::ContentWriter;
 use crate::rootfs::derived::Derived;
@@ -42,7 +42,7 @@ use crate::rootfs::tar_reader::read_error;
 #[derive(Debug)]
 pub(super) struct Converter<'a> {
     pub(super) image: &'a Image,
-    pub(super) budget: &'a Budget,
+    pub(super) budget: Share<'a>,
     pub(super) progress: &'a Progress,
     pub(super) abandoned: &'a CancellationToken,
 }

@@ -11,8 +11,7 @@ use crate::image::StoreError;
 #[derive(Debug, thiserror::Error)]
 #[error("layer {layer} is not acceptable{}", at(.entry.as_deref()))]
 pub struct LayerError {
-    /// The layer, by the digest of its blob. Of a limit on all layers together it is one that was being read when the
-    /// limit was reached.
+    /// The layer, by the digest of its blob. Of a limit that layers reach together it is the one that took the most of it.
     pub layer: Digest,
     /// The entry of the archive at fault, if it is one; bytes that are not UTF-8 are replaced.
     pub entry: Option<String>,

@@ -42,14 +42,14 @@ pub(super) struct Applier {
 
 impl Applier {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { tree: Tree::new(limits.metadata_bytes), budget: Budget::new(limits), layer: 0, file: 0 }
+        Self { tree: Tree::new(limits.metadata_bytes), budget: Budget::new(limits, 1), layer: 0, file: 0 }
     }
 
     /// Begins the next layer, whose archive is so long and whose contents are in the content file of this number.
     pub(super) fn begin(&mut self, layer: &Layer, archive_bytes: u64, file: u32) -> Result<(), LayerError> {
         self.layer += 1;
         self.file = file;
-        let limited = self.budget.archive_bytes(archive_bytes);
+        let limited = self.budget.share(0).archive_bytes(archive_bytes);
         limited.map_err(|kind| LayerError { layer: *layer.digest(), entry: None, kind })
     }
 
@@ -68,7 +68,7 @@ impl Applier {
     }
 
     fn entry(&mut self, path: &[u8], kind: EntryKind, meta: Meta) -> Result<(), LayerErrorKind> {
-        self.budget.entries(1)?;
+        self.budget.share(0).entries(1)?;
         // `umoci insert` names the root "/"; nothing else may be absolute.
         let is_root = path == b"/" && matches!(kind, EntryKind::Folder);
         let components = if is_root { Vec::new() } else { resolve::components(path)? };
@@ -91,11 +91,11 @@ impl Applier {
                 return self.tree.link(folder, name, node, self.layer);
             }
             EntryKind::File(Stored::Inline(bytes)) => {
-                self.budget.content_bytes(bytes.len() as u64)?;
+                self.budget.share(0).content_bytes(bytes.len() as u64)?;
                 NodeKind::File(Content::Inline(bytes))
             }
             EntryKind::File(Stored::Blocks { start, size }) => {
-                self.budget.content_bytes(size)?;
+                self.budget.share(0).content_bytes(size)?;
                 NodeKind::File(Content::Blocks { file: self.file, start, size })
             }
             EntryKind::Symlink(target) => NodeKind::Symlink(symlink_target(&target)?),
