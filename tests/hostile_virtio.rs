@@ -15,10 +15,11 @@ mod virtio_driver;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bare_machine::fresh;
 use bare_machine::transport;
+use futures::FutureExt;
 use kiln::hv::soft::Soft;
 use kiln::transport::Connector;
 use kiln::vmm::Machine;
@@ -289,7 +290,7 @@ async fn rings_that_overlap_are_the_guests_own_matter() {
                 );
                 script.notify(device, 0).spin(20);
             }
-            // What one ring makes of another's bytes may be anywhere: the guest's program as well, and the script.
+            // What one ring makes of another's bytes may be anywhere, in what the guest runs by as well.
             if !survives(&mut observed, &script).await {
                 abandon(observed).await;
                 observed = Observed::start().await;
@@ -300,17 +301,22 @@ async fn rings_that_overlap_are_the_guests_own_matter() {
     observed.end().await;
 }
 
-/// Has the guest execute a script by which a device may overwrite the guest's program. False if the guest hangs, is gone,
-/// or has another program than before.
+/// Has the guest execute a script by which a device may overwrite the guest's program, page tables or script, or take a page
+/// of them away; false if it did. Only then may the guest hang or be gone.
 async fn survives(observed: &mut Observed, script: &Script) -> bool {
     observed.puppet.begin(script);
-    if !observed.puppet.finished(Duration::from_millis(500)).await {
-        return false;
+    let began = Instant::now();
+    while !observed.puppet.finished(Duration::from_millis(500)).await {
+        if !observed.puppet.is_intact(script) {
+            return false;
+        }
+        assert!(began.elapsed() < PATIENCE, "the guest hangs");
+        let end = observed.puppet.machine.ended().now_or_never();
+        assert!(end.is_none(), "the guest is gone, and nothing has overwritten it: {end:?}");
     }
     // It pauses the machine: what the devices have begun is done.
     observed.check(false).await;
-    let program = puppet::code();
-    observed.puppet.bytes(bare::CODE, program.len()) == program
+    observed.puppet.is_intact(script)
 }
 
 /// Ends a machine whose guest is in an unknown state.

@@ -7,6 +7,7 @@
 //! A step is four words: what to do, where, a value, a mask. What a step reads takes the place of its value.
 #![allow(dead_code, reason = "each test binary includes this file and uses its part")]
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -14,7 +15,9 @@ use iced_x86::code_asm::*;
 use kiln::mem::GuestRam;
 use kiln::vmm::Machine;
 
+use crate::bare::CODE;
 use crate::bare_machine::FLAG;
+use crate::bare_machine::fresh;
 use crate::bare_machine::program;
 
 /// The script that the guest executes, one step after another.
@@ -113,6 +116,19 @@ impl Puppet {
             tokio::time::sleep(Duration::from_micros(100)).await;
         }
         true
+    }
+
+    /// Whether the guest's program and page tables are what they were, and the script what it was told.
+    pub(crate) fn is_intact(&self, script: &Script) -> bool {
+        const PAGE_TABLES: Range<u64> = 0x1000..0x5000;
+        const ACCESSED_AND_DIRTY: u64 = 0x60;
+        let program = code();
+        let (_, fresh) = fresh(&program);
+        let entry = |ram: &GuestRam, at| ram.load::<u64>(at).expect("in memory") & !ACCESSED_AND_DIRTY;
+        let mapped = PAGE_TABLES.step_by(8).all(|at| entry(self.ram(), at) == entry(&fresh, at));
+        let is_told = |(at, step): (u64, &[u64; 4])| self.load(at) == step[0] && self.load(at + 8) == step[1];
+        let told = (TABLE..).step_by(STEP as usize).zip(&script.0).all(is_told);
+        mapped && told && (CODE..).zip(program).all(|(at, byte)| self.ram().load(at) == Some(byte))
     }
 
     fn load(&self, at: u64) -> u64 {
