@@ -236,6 +236,11 @@ mod tests {
         clock.advance(40);
         timer.set_divide(DIVIDE_BY_16);
         assert_eq!((timer.current(), timer.next_ns()), (60, Some(40 + 60 * 16)));
+        clock.advance(60 * 16);
+        assert!(timer.fire());
+        timer.set_divide(DIVIDE_BY_1);
+        assert!(!timer.fire(), "what has expired stays so");
+        assert_eq!(timer.next_ns(), None);
     }
 
     #[test]
